@@ -1,0 +1,95 @@
+"""Peak memory of a piece of work, and of one head forward + backward in a fresh process.
+
+``python -m fastpo.memory --impl chunked`` prints one JSON line.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from fastpo.ops import IMPLEMENTATIONS, linear_logps
+
+
+def peak_bytes_of(work: Callable[[], object], device: torch.device) -> int:
+    """How far memory in use rose, at its highest, above where it stood before `work`.
+
+    On a GPU: the allocator's figure. On a CPU: resident memory, whose high-water mark Linux lets a process reset;
+    elsewhere the mark can only rise, and work smaller than what came before reads as 0.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    _reset_resident_peak()
+    before = _resident_peak()
+    work()
+    return _resident_peak() - before
+
+
+def _reset_resident_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return
+
+
+def _resident_peak() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def head_memory(
+    impl: str, *, tokens: int = 2048, hidden_size: int = 896, vocab_size: int = 151936, trainable: bool = False
+) -> int:
+    """Bytes that forward + backward of the LM head add over inputs and required gradients (fp32), in a new process."""
+    command = [sys.executable, "-m", "fastpo.memory", "--impl", impl, "--tokens", str(tokens)]
+    command += ["--hidden_size", str(hidden_size), "--vocab_size", str(vocab_size)]
+    done = subprocess.run(
+        command + ["--trainable"] * trainable, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    )
+    return int(json.loads(done.stdout.splitlines()[-1])["extra_bytes"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--impl", choices=IMPLEMENTATIONS, default="auto")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--hidden_size", type=int, default=896)
+    parser.add_argument("--vocab_size", type=int, default=151936)
+    parser.add_argument("--trainable", action="store_true", help="the head needs a gradient too")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    hidden = torch.randn(arguments.tokens, arguments.hidden_size, device=device)
+    weight = torch.randn(arguments.vocab_size, arguments.hidden_size, device=device).mul_(arguments.hidden_size**-0.5)
+    labels = torch.randint(0, arguments.vocab_size, (arguments.tokens,), device=device)
+    # Libraries load and thread pools start outside the measurement.
+    linear_logps(
+        hidden[:2].clone().requires_grad_(), weight[:512], labels[:2] % 512, impl=arguments.impl
+    ).logps.sum().backward()
+    hidden.requires_grad_()
+    weight.requires_grad_(arguments.trainable)
+
+    def forward_backward() -> None:
+        linear_logps(hidden, weight, labels, impl=arguments.impl).logps.sum().backward()
+
+    peak = peak_bytes_of(forward_backward, device)
+    required = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight) if x.grad is not None)
+    print(json.dumps({"peak_bytes": peak, "required_bytes": required, "extra_bytes": peak - required}))
+
+
+if __name__ == "__main__":
+    main()
