@@ -56,7 +56,8 @@ def exponential(z: Tensor, params: LinkParams) -> Tensor:
 
 def savage(z: Tensor, params: LinkParams) -> Tensor:
     """sigmoid(-z)^2: the Savage loss of the GPO family."""
-    return torch.sigmoid(-z) ** 2
+    # sigmoid(-z) rounds to 1 below 0 and its gradient to 0; the logarithm keeps both.
+    return torch.exp(2 * F.logsigmoid(-z))
 
 
 def cauchy(z: Tensor, params: LinkParams) -> Tensor:

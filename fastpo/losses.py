@@ -1,5 +1,7 @@
 """`preference_loss`: every preference objective as one formula over `SequenceStats`."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,8 @@ def preference_loss(
     Raises:
         TypeError, ValueError: an argument is missing, misshapen or out of range; the message names it.
     """
+    if not isinstance(config, PreferenceConfig):
+        raise TypeError(f"config must be a PreferenceConfig, got {type(config).__name__}")
     _check_stats("chosen", chosen, None)
     batch = chosen.logps.shape
     _check_stats("rejected", rejected, batch)
@@ -138,8 +142,8 @@ def _beta_tensor(beta: float | Tensor, like: Tensor) -> Tensor:
         return beta.to(like)
     if isinstance(beta, bool) or not isinstance(beta, int | float):
         raise TypeError(f"beta must be a number or a tensor, got {type(beta).__name__}")
-    if not beta > 0:
-        raise ValueError(f"beta must be > 0, got {beta!r}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be > 0 and finite, got {beta!r}")
     return torch.full((), beta, dtype=like.dtype, device=like.device)
 
 
@@ -163,7 +167,7 @@ def _context_scale(
             "contextual_scaling='mallows' needs the reference's entropy: pass ref_chosen and ref_rejected (with "
             "reference_free=False), or a context_scale of your own"
         )
-    if vocab_size is None or vocab_size < 2:
+    if not isinstance(vocab_size, int) or vocab_size < 2:
         raise ValueError(
             f"contextual_scaling='mallows' needs vocab_size, the LM head's number of rows (>= 2), got {vocab_size!r}"
         )
@@ -184,3 +188,5 @@ def _check_stats(name: str, stats: SequenceStats, batch: torch.Size | None) -> N
             raise ValueError(f"{name}.{field} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if not stats.logps.is_floating_point():
         raise TypeError(f"{name}.logps must be a floating-point tensor, got {stats.logps.dtype}")
+    if stats.lengths.is_floating_point():
+        raise TypeError(f"{name}.lengths must be an integer tensor, got {stats.lengths.dtype}")

@@ -1,0 +1,342 @@
+"""Preference data: read files, bring every known form to one, tokenise, collate.
+
+The one form is a `Pair`: a prompt and its completions, as text or as chat messages. To add a dataset form, write a
+function from row to `Pair` and add its line to `FORMS`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+
+from fastpo.types import PreferenceBatch
+
+Messages = list[dict[str, str]]
+Text = str | Messages
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "index", "context_scale")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+HH_ASSISTANT = "\n\nAssistant:"
+FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+MAX_NAMED_ROWS = 5
+
+
+class Pair(NamedTuple):
+    """A prompt, a chosen and (in stage sft possibly no) rejected completion; all text, or all lists of messages."""
+
+    prompt: Text
+    chosen: Text
+    rejected: Text | None
+
+
+class BadRowError(ValueError):
+    """A row that cannot be used; the message says why."""
+
+
+# --- forms ----------------------------------------------------------------------------------------------------------
+
+
+def from_prompt_pair(row: Mapping[str, Any]) -> Pair:
+    """TRL's explicit form: prompt, chosen, rejected; text or lists of {role, content}."""
+    return Pair(*(_text(row, name) for name in ("prompt", "chosen", "rejected")))
+
+
+def from_prompt_completion(row: Mapping[str, Any]) -> Pair:
+    """TRL's form for stage sft: prompt, completion."""
+    return Pair(_text(row, "prompt"), _text(row, "completion"), None)
+
+
+def from_sharegpt(row: Mapping[str, Any]) -> Pair:
+    """LLaMA-Factory's ranking form: conversations [{from, value}], chosen and rejected one {from, value} each."""
+    return Pair(
+        _sharegpt_messages(row, "conversations"),
+        _sharegpt_messages(row, "chosen"),
+        _sharegpt_messages(row, "rejected"),
+    )
+
+
+def from_transcripts(row: Mapping[str, Any]) -> Pair:
+    """The HH form: chosen and rejected are whole dialogues, text or messages, with a common beginning."""
+    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        shared = len(os.path.commonprefix((chosen, rejected)))
+        # The last turn starts at the last marker that both have; without markers, at the last common space.
+        marker = chosen.rfind(HH_ASSISTANT, 0, shared)
+        split = marker + len(HH_ASSISTANT) if marker >= 0 else chosen.rfind(" ", 0, shared)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        split = 0
+        for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
+            if a != b:
+                break
+            split += 1
+    else:
+        raise BadRowError("'chosen' and 'rejected' must both be text or both be messages")
+    if split <= 0:
+        raise BadRowError("'chosen' and 'rejected' have no common beginning to serve as the prompt")
+    return Pair(chosen[:split], chosen[split:], rejected[split:])
+
+
+# The columns that tell a form, in the order in which forms are tried.
+FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair]] = {
+    ("conversations", "chosen", "rejected"): from_sharegpt,
+    ("prompt", "chosen", "rejected"): from_prompt_pair,
+    ("chosen", "rejected"): from_transcripts,
+    ("prompt", "completion"): from_prompt_completion,
+}
+
+
+def find_form(columns: Sequence[str], stage: str, source: str) -> Callable[[Mapping[str, Any]], Pair]:
+    """The form of a dataset with these columns."""
+    for needed, form in FORMS.items():
+        if set(needed) <= set(columns) and (stage == "sft" or form is not from_prompt_completion):
+            return form
+    known = "; ".join(" + ".join(needed) for needed in FORMS)
+    raise ValueError(f"{source} must have the columns of one of: {known}; got {', '.join(columns) or 'none'}")
+
+
+def _text(row: Mapping[str, Any], name: str) -> Text:
+    value = row.get(name)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list) and value:
+        return [_message(name, turn, "role", "content") for turn in value]
+    raise BadRowError(f"{name!r} must be text or a list of messages, got {_shown(value)}")
+
+
+def _sharegpt_messages(row: Mapping[str, Any], name: str) -> Messages:
+    value = row.get(name)
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, list) or not turns:
+        raise BadRowError(f"{name!r} must be a message or a list of messages, got {_shown(value)}")
+    keys = ("from", "value") if isinstance(turns[0], Mapping) and "from" in turns[0] else ("role", "content")
+    return [_message(name, turn, *keys) for turn in turns]
+
+
+def _message(name: str, turn: Any, role_key: str, content_key: str) -> dict[str, str]:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get(role_key), str):
+        raise BadRowError(f"{name!r} must hold messages with {role_key!r} and {content_key!r}, got {_shown(turn)}")
+    if not isinstance(turn.get(content_key), str):
+        raise BadRowError(f"{content_key!r} in {name!r} must be text, got {_shown(turn.get(content_key))}")
+    role = turn[role_key]
+    if role_key == "from":
+        if role not in SHAREGPT_ROLES:
+            raise BadRowError(f"'from' in {name!r} must be one of {', '.join(SHAREGPT_ROLES)}, got {role!r}")
+        role = SHAREGPT_ROLES[role]
+    return {"role": role, "content": turn[content_key]}
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_dataset(name: str, split: str = "train") -> Dataset:
+    """A JSON, JSONL or Parquet file, or the name of a dataset that `datasets.load_dataset` knows.
+
+    Raises:
+        ValueError: nothing of that name, an unreadable file, no such split, or no rows.
+    """
+    suffix = Path(name).suffix.lower()
+    looks_like_file = suffix in FILE_LOADERS or Path(name).is_file()
+    if looks_like_file and not Path(name).is_file():
+        raise ValueError(f"dataset must be an existing file or a dataset name, got {name!r}: no such file")
+    if looks_like_file and suffix not in FILE_LOADERS:
+        raise ValueError(f"dataset must end in {', '.join(FILE_LOADERS)}, got {name!r}")
+    try:
+        if looks_like_file:
+            if Path(name).stat().st_size == 0 or Path(name).read_bytes()[:64].strip() == b"[]":
+                raise ValueError(f"dataset {name!r} must have at least one row, got an empty file")
+            dataset = load_dataset(FILE_LOADERS[suffix], data_files=name, split="train")
+        else:
+            dataset = load_dataset(name, split=split)
+    except (DatasetGenerationError, DatasetNotFoundError, OSError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"dataset {name!r} cannot be read: {_diagnose_json(name) or cause}") from error
+    if isinstance(dataset, DatasetDict) or len(dataset) == 0:
+        raise ValueError(f"dataset {name!r} must have at least one row, got none")
+    return dataset
+
+
+def _diagnose_json(name: str) -> str | None:
+    """Where a JSON or JSONL file breaks off being one table: arrow's own messages name neither row nor line."""
+    path = Path(name)
+    if path.suffix.lower() not in (".json", ".jsonl") or not path.is_file():
+        return None
+    text = path.read_text(errors="replace")
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else None
+    except json.JSONDecodeError as error:
+        return f"not JSON at line {error.lineno}: {error.msg}"
+    if rows is None:
+        rows = []
+        for number, line in enumerate(text.splitlines(), start=1):
+            try:
+                rows.append(json.loads(line) if line.strip() else {})
+            except json.JSONDecodeError as error:
+                return f"not JSON at line {number}: {error.msg}"
+    types: dict[str, str] = {}
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            return f"row {index} must be an object, got {_shown(row)}"
+        for key, value in row.items():
+            kind = type(value).__name__
+            if value is not None and types.setdefault(key, kind) != kind:
+                return f"row {index}: {key!r} is {kind} where earlier rows have {types[key]}"
+    return None
+
+
+# --- tokenising -----------------------------------------------------------------------------------------------------
+
+
+def tokenize_dataset(
+    dataset: Dataset, tokenizer: Any, *, stage: str, max_length: int, source: str, skip_bad_rows: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:  # fmt: skip
+    """Columns prompt_ids, chosen_ids, (rejected_ids,) index, (context_scale); already tokenised data passes through.
+
+    A prompt keeps its last tokens and a completion its first ones: where both do not fit into max_length, the prompt
+    gets what the longer completion leaves, but at least half. Chosen and rejected see the same prompt.
+
+    Raises:
+        ValueError: the columns fit no known form, or rows cannot be used (named by `source` and index) and
+            `skip_bad_rows` is off, or no row is left.
+    """
+    columns = dataset.column_names
+    if {"prompt_ids", "chosen_ids"} <= set(columns):
+        return dataset if "index" in columns else dataset.add_column("index", list(range(len(dataset))))
+    form = find_form(columns, stage, source)
+
+    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+        empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "index": index, "problem": ""}
+        try:
+            pair = form(row)
+            if stage == "sft":
+                pair = pair._replace(rejected=None)
+            tokens = tokenize_pair(pair, tokenizer, max_length)
+            if "context_scale" in row:
+                scale = row["context_scale"]
+                if isinstance(scale, bool) or not isinstance(scale, int | float):
+                    raise BadRowError(f"'context_scale' must be a number, got {_shown(scale)}")
+                tokens["context_scale"] = float(scale)
+        except BadRowError as error:
+            return empty | ({"context_scale": 0.0} if "context_scale" in row else {}) | {"problem": str(error)}
+        return empty | tokens
+
+    result = dataset.map(
+        convert, with_indices=True, remove_columns=columns, num_proc=num_proc, desc=f"Tokenizing {source}"
+    )
+    problems = [(i, p) for i, p in zip(result["index"], result["problem"], strict=True) if p]
+    if problems:
+        named = "; ".join(f"{source} row {index}: {problem}" for index, problem in problems[:MAX_NAMED_ROWS])
+        more = f"; and {len(problems) - MAX_NAMED_ROWS} more rows" if len(problems) > MAX_NAMED_ROWS else ""
+        if not skip_bad_rows:
+            raise ValueError(f"{named}{more} (set skip_bad_rows=True to leave such rows out)")
+        print(f"fastpo: left out {len(problems)} of {len(result)} rows: {named}{more}")
+        result = result.filter(lambda problem: not problem, input_columns="problem")
+    if len(result) == 0:
+        raise ValueError(f"{source} must have at least one usable row, got none")
+    unused = ["problem"] + ["rejected_ids"] * (stage == "sft")
+    return result.remove_columns(unused)
+
+
+def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+    """Token ids of a pair; messages go through the tokenizer's chat template, text gets an end-of-sequence token."""
+    completions = {"chosen": pair.chosen, **({} if pair.rejected is None else {"rejected": pair.rejected})}
+    prompts, ids = [], {}
+    for name, completion in completions.items():
+        prompt_ids, whole = _encode(pair.prompt, completion, tokenizer)
+        # A token that spans the border between prompt and completion belongs to the completion.
+        prompt_ids = prompt_ids[: _common(prompt_ids, whole)]
+        prompts.append(prompt_ids)
+        ids[name] = whole[len(prompt_ids) :]
+        if not ids[name]:
+            raise BadRowError(f"{name!r} must not be empty, got {_shown(completion)}")
+    if len(prompts) == 2 and prompts[0] != prompts[1]:
+        shared = _common(*prompts)
+        for name, own in zip(ids, prompts, strict=True):
+            ids[name] = own[shared:] + ids[name]
+        prompts[0] = prompts[0][:shared]
+    prompt = prompts[0]
+    if not prompt:
+        raise BadRowError(f"'prompt' must not be empty, got {_shown(pair.prompt)}")
+    room = max(max_length - max(map(len, ids.values())), max_length // 2, 1)
+    prompt = prompt[-room:]
+    tokens = {f"{name}_ids": completion[: max_length - len(prompt)] for name, completion in ids.items()}
+    return {"prompt_ids": prompt, **tokens}
+
+
+def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of the prompt alone, and of prompt and completion together."""
+    if isinstance(prompt, str) != isinstance(completion, str):
+        raise BadRowError("prompt and completions must all be text or all be messages")
+    if isinstance(prompt, str):
+        if not completion:
+            raise BadRowError("a completion must not be empty, got ''")
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        # A tokenizer that appends its end-of-sequence token must not end the prompt with it.
+        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
+            prompt_ids = prompt_ids[:-1]
+        whole = tokenizer(prompt + completion)["input_ids"]
+        return prompt_ids, whole if whole[-1:] == [tokenizer.eos_token_id] else [*whole, tokenizer.eos_token_id]
+    if any(not turn["content"] for turn in completion):
+        raise BadRowError("a completion must not be empty, got a message without content")
+    if prompt[-1]["role"] == "assistant":
+        raise BadRowError("the last message of the prompt must not be the assistant's")
+    template = {"tokenize": True, "return_dict": False}
+    try:
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **template)
+        return prompt_ids, tokenizer.apply_chat_template([*prompt, *completion], **template)
+    except Exception as error:  # templates raise what they like, to say what they cannot render
+        raise BadRowError(f"the chat template cannot render it: {error}") from error
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# --- collating ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PreferenceCollator:
+    """Rows of `tokenize_dataset` into a `PreferenceBatch`: prompt + completion, padded on the right.
+
+    Args:
+        pad_token_id: fills the padding; it is masked from attention and loss.
+        stage: "dpo": chosen rows, then rejected rows; "sft": chosen rows alone.
+    """
+
+    pad_token_id: int
+    stage: str = "dpo"
+
+    def __call__(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
+        sides = ("chosen_ids",) if self.stage == "sft" else ("chosen_ids", "rejected_ids")
+        pairs = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
+        shape = (len(pairs), max(len(prompt) + len(completion) for prompt, completion in pairs))
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        attention_mask, completion_mask = torch.zeros((2, *shape), dtype=torch.int64)
+        for i, (prompt, completion) in enumerate(pairs):
+            end = len(prompt) + len(completion)
+            input_ids[i, :end] = torch.tensor([*prompt, *completion])
+            attention_mask[i, :end] = 1
+            completion_mask[i, len(prompt) : end] = 1
+        batch: PreferenceBatch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "completion_mask": completion_mask,
+            "index": torch.tensor([row["index"] for row in rows]),
+        }
+        if "context_scale" in rows[0]:
+            batch["context_scale"] = torch.tensor([row["context_scale"] for row in rows], dtype=torch.float32)
+        return batch
