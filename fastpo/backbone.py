@@ -47,12 +47,12 @@ def sequence_stats(
     return SequenceStats(output["logps"], output["lengths"], output["entropy"])
 
 
-def causal_lm(model: nn.Module) -> nn.Module:
+def causal_lm(model: Any) -> Any:
     """The causal LM inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def install_stats_forward(model: nn.Module) -> None:
+def install_stats_forward(model: Any) -> None:
     """Teach a causal LM to answer a `completion_mask` with `StatsOutput`. Calling it twice changes nothing.
 
     Raises:
@@ -78,7 +78,7 @@ def install_stats_forward(model: nn.Module) -> None:
     lm.forward = MethodType(forward, lm)
 
 
-def head_parameters(lm: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,) of the output embedding, looked up anew because PEFT and FSDP replace it."""
     head = lm.get_output_embeddings()
     if head is None:

@@ -5,7 +5,7 @@ function from row to `Pair` and add its line to `FORMS`.
 """
 
 import json
-import os
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from fastpo.types import PreferenceBatch
+
+logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 Text = str | Messages
@@ -64,16 +66,12 @@ def from_transcripts(row: Mapping[str, Any]) -> Pair:
     """The HH form: chosen and rejected are whole dialogues, text or messages, with a common beginning."""
     chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
     if isinstance(chosen, str) and isinstance(rejected, str):
-        shared = len(os.path.commonprefix((chosen, rejected)))
+        shared = _common(chosen, rejected)
         # The last turn starts at the last marker that both have; without markers, at the last common space.
         marker = chosen.rfind(HH_ASSISTANT, 0, shared)
         split = marker + len(HH_ASSISTANT) if marker >= 0 else chosen.rfind(" ", 0, shared)
     elif isinstance(chosen, list) and isinstance(rejected, list):
-        split = 0
-        for a, b in zip(chosen[:-1], rejected[:-1], strict=False):
-            if a != b:
-                break
-            split += 1
+        split = _common(chosen[:-1], rejected[:-1])
     else:
         raise BadRowError("'chosen' and 'rejected' must both be text or both be messages")
     if split <= 0:
@@ -216,7 +214,8 @@ def tokenize_dataset(
         return dataset if "index" in columns else dataset.add_column("index", list(range(len(dataset))))
     form = find_form(columns, stage, source)
 
-    def convert(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def convert(row: dict[str, Any], position: int) -> dict[str, Any]:
+        index = row.get("index", position)  # a split keeps its rows' numbers in the file
         empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "index": index, "problem": ""}
         try:
             pair = form(row)
@@ -241,7 +240,7 @@ def tokenize_dataset(
         more = f"; and {len(problems) - MAX_NAMED_ROWS} more rows" if len(problems) > MAX_NAMED_ROWS else ""
         if not skip_bad_rows:
             raise ValueError(f"{named}{more} (set skip_bad_rows=True to leave such rows out)")
-        print(f"fastpo: left out {len(problems)} of {len(result)} rows: {named}{more}")
+        logger.warning("left out %d of %d rows: %s%s", len(problems), len(result), named, more)
         result = result.filter(lambda problem: not problem, input_columns="problem")
     if len(result) == 0:
         raise ValueError(f"{source} must have at least one usable row, got none")
@@ -249,7 +248,7 @@ def tokenize_dataset(
     return result.remove_columns(unused)
 
 
-def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, list[int]]:
+def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, Any]:
     """Token ids of a pair; messages go through the tokenizer's chat template, text gets an end-of-sequence token."""
     completions = {"chosen": pair.chosen, **({} if pair.rejected is None else {"rejected": pair.rejected})}
     prompts, ids = [], {}
@@ -277,9 +276,7 @@ def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, list
 
 def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Token ids of the prompt alone, and of prompt and completion together."""
-    if isinstance(prompt, str) != isinstance(completion, str):
-        raise BadRowError("prompt and completions must all be text or all be messages")
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
             raise BadRowError("a completion must not be empty, got ''")
         prompt_ids = tokenizer(prompt)["input_ids"]
@@ -288,6 +285,8 @@ def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], 
             prompt_ids = prompt_ids[:-1]
         whole = tokenizer(prompt + completion)["input_ids"]
         return prompt_ids, whole if whole[-1:] == [tokenizer.eos_token_id] else [*whole, tokenizer.eos_token_id]
+    if isinstance(prompt, str) or isinstance(completion, str):
+        raise BadRowError("prompt and completions must all be text or all be messages")
     if any(not turn["content"] for turn in completion):
         raise BadRowError("a completion must not be empty, got a message without content")
     if prompt[-1]["role"] == "assistant":
@@ -300,7 +299,7 @@ def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], 
         raise BadRowError(f"the chat template cannot render it: {error}") from error
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

@@ -1,0 +1,72 @@
+"""`PreferenceTrainingArguments`: transformers' TrainingArguments, the objective's fields, and the stage's."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from fastpo.config import PreferenceConfig, option
+from fastpo.stages import STAGES
+
+# PreferenceConfig is frozen and TrainingArguments is not, so the one cannot inherit from the other: its fields are
+# laid out again here, in one place, from the same definition.
+_ObjectiveFields = dataclasses.make_dataclass(
+    "_ObjectiveFields",
+    [
+        (f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
+        for f in dataclasses.fields(PreferenceConfig)
+    ],
+)
+OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(PreferenceConfig))
+
+
+@dataclass
+class PreferenceTrainingArguments(_ObjectiveFields, TrainingArguments):  # type: ignore[misc, valid-type]
+    """Arguments of `PreferenceTrainer`: everything of `transformers.TrainingArguments`, the fields of
+    `PreferenceConfig`, flat and under the same names, and those below.
+
+    Raises:
+        TypeError, ValueError: as `PreferenceConfig`, or an unknown stage.
+    """
+
+    stage: str = option("dpo", "What is trained: sft (chosen responses) or dpo (preferences).")
+    max_length: int = option(1024, "Longest prompt + completion, in tokens.")
+    disable_dropout: bool = option(True, "Set the model's dropout to 0, so that policy and reference compare.")
+    skip_bad_rows: bool = option(False, "Leave unusable rows out, naming them, instead of stopping.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
+    # Where transformers' defaults do not suit preference training.
+    learning_rate: float = option(1e-6, "The initial learning rate; about ten times more with LoRA.")
+    logging_steps: float = option(10, "Log every so many steps, or this fraction of them.")
+    remove_unused_columns: bool = option(False, "Kept off: the collator picks its columns.")
+
+    def __post_init__(self) -> None:
+        for name in ("beta_head_config", "regularizers", "beta_schedule"):
+            setattr(self, name, parse_dict(name, getattr(self, name)))
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
+        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
+            raise ValueError(f"max_length must be an integer >= 2, got {self.max_length!r}")
+        self.preference_config = PreferenceConfig(**{name: getattr(self, name) for name in OBJECTIVE_NAMES})
+        # The batch has no field of the name `labels`; None would have the Trainer guess from the model's forward.
+        self.label_names: list[str] = []
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # nothing to pin for; torch warns at every loader
+        super().__post_init__()
+
+
+def parse_dict(name: str, value: Any) -> dict | None:
+    """A dictionary, from a recipe as it is or from the command line as JSON."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() in ("", "none", "null"):
+        return None
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} must be a dictionary in JSON, got {value!r}: {error.msg}") from None
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{name} must be a dictionary, got {value!r}")
+    return parsed

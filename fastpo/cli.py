@@ -1,0 +1,88 @@
+"""The `fastpo` command: train, eval, demo."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+INPUT_ERRORS = (ValueError, TypeError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for bad input, 2 for bad usage."""
+    parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation without logits in memory.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,demo}")
+    for name, text in (
+        ("train", "train what a recipe says; any of its keys can be overridden: --key value"),
+        ("eval", "evaluate the model that a recipe left in its output_dir"),
+    ):
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.add_argument("recipe", help="YAML file")
+    demo = commands.add_parser("demo", help="sft and dpo of a tiny Qwen3 on generated data, in minutes on a CPU")
+    demo.add_argument("--output_dir", default="runs/demo")
+    arguments, overrides = parser.parse_known_args(argv)
+    if overrides and arguments.command == "demo":
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    logging.basicConfig(level=logging.INFO, format="fastpo: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if arguments.command == "demo":
+        from fastpo.demo import run_demo
+
+        return _reporting_bad_input(lambda: run_demo(arguments.output_dir))
+    return {"train": _train, "eval": _eval}[arguments.command](arguments.recipe, overrides)
+
+
+def _train(path: str, overrides: list[str]) -> int:
+    prepared = []
+
+    def prepare() -> None:
+        from fastpo.recipe import parse_recipe
+        from fastpo.run import prepare_training
+
+        prepared.append(prepare_training(*parse_recipe(path, overrides)))
+
+    status = _reporting_bad_input(prepare)
+    if status:
+        return status
+    from fastpo.reporting import final_table
+    from fastpo.run import run_training
+
+    (trainer,) = prepared
+    try:
+        pictures = run_training(trainer)
+    except FloatingPointError as error:
+        return _complain(error)
+    if trainer.is_world_process_zero():
+        output_dir = trainer.args.output_dir
+        print(f"\n{final_table(output_dir)}\n\nmodel, metrics.jsonl: {output_dir}")
+        print(f"pictures: {' '.join(str(picture) for picture in pictures)}")
+    return 0
+
+
+def _eval(path: str, overrides: list[str]) -> int:
+    def evaluate() -> None:
+        from fastpo.recipe import parse_recipe
+        from fastpo.run import evaluate
+
+        for name, value in sorted(evaluate(*parse_recipe(path, overrides)).items()):
+            print(f"{name:32} {value:.4f}")
+
+    return _reporting_bad_input(evaluate)
+
+
+def _reporting_bad_input(work: Callable[[], object]) -> int:
+    try:
+        work()
+    except INPUT_ERRORS as error:
+        return _complain(error)
+    return 0
+
+
+def _complain(error: BaseException) -> int:
+    """One line, however many the error's message has."""
+    print(f"fastpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

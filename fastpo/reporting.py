@@ -1,0 +1,92 @@
+"""What a run leaves behind for people: metrics.jsonl, curves as PNG, a final table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+METRICS_FILE = "metrics.jsonl"
+CURVES = {
+    "loss": ("loss", "eval_loss"),
+    "accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
+    "margin": ("rewards/margins", "eval_rewards/margins"),
+}
+TABLE_ROWS = (
+    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
+    "logps/chosen", "logps/rejected", "entropy/chosen", "entropy/rejected",
+)  # fmt: skip
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to DIR/metrics.jsonl, one JSON object a line; a resumed run goes on where it left off."""
+
+    def __init__(self, output_dir: str) -> None:
+        self.path = Path(output_dir) / METRICS_FILE
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            # What was logged after the checkpoint is about to be logged again.
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step and state.global_step]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a killed run left half-written is dropped."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def draw_curves(output_dir: str | Path) -> list[Path]:
+    """loss.png, accuracy.png and margin.png beside metrics.jsonl, for those that were logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows, drawn = read_metrics(Path(output_dir) / METRICS_FILE), []
+    for title, names in CURVES.items():
+        lines = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
+        if not any(lines.values()):
+            continue
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        for name, points in lines.items():
+            if points:
+                marker = "o" if len(points) < 25 else None
+                axes.plot(*zip(*points, strict=True), marker=marker, label="held out" if "eval" in name else "training")
+        axes.set(xlabel="optimiser step", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+        drawn.append(Path(output_dir) / f"{title}.png")
+        figure.savefig(drawn[-1], dpi=120)
+        pyplot.close(figure)
+    return drawn
+
+
+def final_table(output_dir: str | Path) -> str:
+    """First and last training log and last evaluation, side by side."""
+    rows = read_metrics(Path(output_dir) / METRICS_FILE)
+    training = [row for row in rows if "loss" in row]
+    evaluations = [row for row in rows if "eval_loss" in row]
+    columns = {
+        "first": training[0] if training else {},
+        "last": training[-1] if training else {},
+        "held out": {k.removeprefix("eval_"): v for k, v in evaluations[-1].items()} if evaluations else {},
+    }
+    lines = [f"{'':22}" + "".join(f"{name:>12}" for name in columns)]
+    for name in TABLE_ROWS:
+        values = [column.get(name) for column in columns.values()]
+        if any(value is not None for value in values):
+            lines.append(f"{name:22}" + "".join(f"{'':>12}" if v is None else f"{v:12.4f}" for v in values))
+    return "\n".join(lines)

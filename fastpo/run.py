@@ -1,0 +1,126 @@
+"""What the commands do: train a recipe, evaluate what it left, from arguments to files."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from fastpo.arguments import PreferenceTrainingArguments
+from fastpo.recipe import (
+    RecipeArguments,
+    build_model,
+    build_peft_config,
+    build_reference,
+    build_tokenizer,
+    check_output_dir,
+    read_splits,
+    tokenize_splits,
+)
+from fastpo.reporting import MetricsFile, draw_curves
+from fastpo.trainer import PreferenceTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> PreferenceTrainer:
+    """Everything before the first step. Whatever is wrong with the input is said here, as a ValueError or TypeError."""
+    check_output_dir(args.output_dir)
+    args.resume_from_checkpoint = _checkpoint(args)
+    train, held_out = read_splits(recipe, args.seed, args.stage)
+    tokenizer = build_tokenizer(recipe, args, train)
+    train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
+    trainer = PreferenceTrainer(
+        model=build_model(recipe, args, tokenizer),
+        ref_model=build_reference(recipe),
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        callbacks=[MetricsFile(args.output_dir)],
+        peft_config=build_peft_config(recipe),
+    )
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(args.output_dir)
+    return trainer
+
+
+def run_training(trainer: PreferenceTrainer) -> list[Path]:
+    """Train or go on, evaluate, save model and curves; returns the pictures."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.eval_dataset is not None:
+        trainer.evaluate()
+    trainer.save_model(args.output_dir)
+    trainer.save_state()
+    return draw_curves(args.output_dir) if trainer.is_world_process_zero() else []
+
+
+def evaluate(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> dict[str, float]:
+    """Metrics of the model saved in output_dir on held-out data, with the recipe's first model as reference.
+
+    On the recipe's eval_dataset or held-out fraction; on the whole dataset where it has neither. They are also
+    written to output_dir/eval_metrics.json.
+    """
+    saved = Path(args.output_dir)
+    if not (saved / "config.json").is_file() and not (saved / "adapter_config.json").is_file():
+        raise ValueError(f"output_dir must hold a trained model, got {args.output_dir!r} without one")
+    train, held_out = read_splits(recipe, args.seed, args.stage)
+    args.resume_from_checkpoint = "saved"  # the tokenizer that was trained with the model
+    tokenizer = build_tokenizer(recipe, args, train)
+    rows = train if held_out is None else held_out
+    _, rows = tokenize_splits(recipe, args, tokenizer, None, rows)
+    model, reference = _load_trained(recipe, args, tokenizer)
+    trainer = PreferenceTrainer(
+        model=model, ref_model=reference, args=args, eval_dataset=rows, processing_class=tokenizer
+    )
+    metrics = trainer.evaluate()
+    (saved / "eval_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def _load_trained(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer: Any) -> tuple[Any, Any]:
+    """The trained model and its reference; for an adapter the reference is the model without it."""
+    from transformers import AutoModelForCausalLM
+
+    base = build_model(recipe, args, tokenizer)
+    if (Path(args.output_dir) / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(base, args.output_dir), build_reference(recipe)
+    trained = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=recipe.dtype)
+    return trained, build_reference(recipe) or base
+
+
+def _checkpoint(args: PreferenceTrainingArguments) -> str | None:
+    """The checkpoint to go on from. A run killed while it wrote one leaves it incomplete: such a one is passed over."""
+    asked = args.resume_from_checkpoint
+    if asked is not None and str(asked).lower() not in ("true", "false"):
+        if not _is_complete(Path(asked)):
+            raise ValueError(f"resume_from_checkpoint must be a complete checkpoint, got {asked!r}")
+        return str(asked)
+    found = sorted(
+        (int(path.name.rsplit("-", 1)[1]), path)
+        for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
+    )
+    if str(asked).lower() == "true":
+        if not found:
+            logger.warning("no checkpoint in %s: starting from the beginning", args.output_dir)
+        return str(found[-1][1]) if found else None
+    if found:
+        raise ValueError(
+            f"output_dir {args.output_dir!r} already holds {found[-1][1].name}: "
+            "pass --resume_from_checkpoint true to go on, or another output_dir"
+        )
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """trainer_state.json is what a checkpoint is finished with."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
