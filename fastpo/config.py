@@ -129,7 +129,7 @@ class PreferenceConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference's statistics (a caller's own context_scale aside)."""
-        return self.reference_weight != 0 or self.contextual_scaling == "mallows"
+        return not self.reference_free and (self.reference_weight != 0 or self.contextual_scaling == "mallows")
 
 
 def _check_type(field: dataclasses.Field, value: Any) -> None:

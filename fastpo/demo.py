@@ -32,7 +32,8 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 MAX_LENGTH = 128
-COMMON = {"dtype": "float32", "max_length": MAX_LENGTH, "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine",
+COMMON = {"dtype": "float32", "max_length": MAX_LENGTH,
+          "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine",
           "warmup_steps": 0.1, "logging_steps": 4, "save_strategy": "no", "seed": 0}  # fmt: skip
 HEAD_TOKENS = 1024
 

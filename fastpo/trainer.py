@@ -112,10 +112,26 @@ class PreferenceTrainer(Trainer):
     def _tokenize(dataset: Dataset | None, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
         if dataset is None:
             return None
-        return tokenize_dataset(
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
+        rows = tokenize_dataset(
             dataset, tokenizer, stage=args.stage, max_length=args.max_length, source=source,
             skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc,
         )  # fmt: skip
+        objective = args.preference_config
+        if args.stage == "dpo" and "rejected_ids" not in rows.column_names:
+            raise ValueError(f"{source} must have rejected_ids in stage dpo, got {', '.join(rows.column_names)}")
+        scaled = "context_scale" in rows.column_names
+        if (
+            args.stage == "dpo"
+            and objective.contextual_scaling == "mallows"
+            and objective.reference_free
+            and not scaled
+        ):
+            raise ValueError(
+                f"contextual_scaling='mallows' with reference_free=True needs a context_scale column in {source}"
+            )
+        return rows
 
     # --- loss -------------------------------------------------------------------------------------------------------
 
