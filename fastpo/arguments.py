@@ -16,7 +16,12 @@ from fastpo.stages import STAGES
 _ObjectiveFields = dataclasses.make_dataclass(
     "_ObjectiveFields",
     [
-        (f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
+        # A dictionary comes from the command line as JSON text.
+        (
+            f.name,
+            dict | str | None if f.type == dict | None else f.type,
+            dataclasses.field(default=f.default, metadata=f.metadata),
+        )
         for f in dataclasses.fields(PreferenceConfig)
     ],
 )

@@ -53,17 +53,10 @@ def causal_lm(model: Any) -> Any:
 
 
 def install_stats_forward(model: Any) -> None:
-    """Teach a causal LM to answer a `completion_mask` with `StatsOutput`. Calling it twice changes nothing.
-
-    Raises:
-        ValueError: the model has no separate backbone, no output embedding, or LoRA on that embedding.
-    """
+    """Teach a causal LM to answer a `completion_mask` with `StatsOutput`. Calling it twice changes nothing."""
     lm = causal_lm(model)
     if "_plain_forward" in lm.__dict__:
         return
-    if getattr(lm, "base_model", lm) is lm:
-        raise ValueError(f"model must be a causal LM with a backbone below its head, got {type(lm).__name__}")
-    head_parameters(lm)
     plain = lm.forward
 
     def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
@@ -79,7 +72,13 @@ def install_stats_forward(model: Any) -> None:
 
 
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias (V,) of the output embedding, looked up anew because PEFT and FSDP replace it."""
+    """Weight (V, D) and bias (V,) of the output embedding, looked up anew because PEFT and FSDP replace it.
+
+    Raises:
+        ValueError: the model has no separate backbone, no output embedding, LoRA on it, or ZeRO-3 shards of it.
+    """
+    if not hasattr(lm, "get_output_embeddings") or getattr(lm, "base_model", lm) is lm:
+        raise ValueError(f"model must be a causal LM with a backbone below its head, got {type(lm).__name__}")
     head = lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"model must have an output embedding, got {type(lm).__name__} without one")

@@ -52,7 +52,7 @@ class PreferenceConfig:
     beta: float = option(0.1, "The base value of beta; how strongly the reference holds.")
     beta_mode: str = option("fixed", "Where beta comes from: fixed, or dynamic_scaling (the Beta head's beta*s(x)).")
     add_beta_head: bool = option(False, "The Beta head exists, on the reference model.")
-    beta_head_config: dict | str | None = option(None, "How the Beta head is built (fields of BetaHeadConfig).")
+    beta_head_config: dict | None = option(None, "How the Beta head is built (fields of BetaHeadConfig).")
     add_disco_head: bool = option(False, "The Disco head exists, on the trained model.")
     length_normalization: bool = option(False, "Divide log-prob sums by the response length in tokens.")
     home_advantage: float = option(0.0, "The margin m.")
@@ -67,8 +67,8 @@ class PreferenceConfig:
     hinge_delta: float = option(1.0, "Offset of hinge and truncated_square.")
     variance_floor: float = option(1e-6, "Smallest summed variance of a Disco comparison.")
     disco_prior_weight: float = option(1e-3, "Weight of the Disco head's N(0, 1) prior.")
-    regularizers: dict | str | None = option(None, "Weights of the Beta head's regularisers by name; none: defaults.")
-    beta_schedule: dict | str | None = option(None, "Staged beta over training.")
+    regularizers: dict | None = option(None, "Weights of the Beta head's regularisers by name; none: defaults.")
+    beta_schedule: dict | None = option(None, "Staged beta over training.")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -138,7 +138,7 @@ def _check_type(field: dataclasses.Field, value: Any) -> None:
         bool: (bool,),
         float: (float, int),
         float | None: (float, int, type(None)),
-        dict | str | None: (dict, type(None)),
+        dict | None: (dict, type(None)),
     }
     allowed = kinds[field.type]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):

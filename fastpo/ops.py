@@ -142,7 +142,8 @@ def _row_stats(
 def _segment_sum(values: Tensor, offsets: Tensor | None) -> Tensor:
     if offsets is None:
         return values.new_empty(0)
-    return torch.segment_reduce(values, "sum", offsets=offsets, initial=0)
+    # Thousands of nats: fp32 partial sums would round away what the tokens are exact to.
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
 
 
 def _scatter(values: Tensor, keep: Tensor, shape: torch.Size) -> Tensor:

@@ -147,13 +147,12 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
     return parts["train"], parts["test"]
 
 
-def build_tokenizer(recipe: RecipeArguments, args: PreferenceTrainingArguments, rows: Dataset) -> Any:
-    """The tokenizer that the recipe names, or one trained on the rows; a run that goes on keeps the one it saved."""
-    saved = Path(args.output_dir) / "tokenizer.json"
+def build_tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in: str | None) -> Any:
+    """The tokenizer that the recipe names, or one trained on the rows, or the one an earlier run so trained."""
     if recipe.tokenizer_vocab_size and not recipe.tokenizer_name_or_path:
-        if args.resume_from_checkpoint and saved.exists():
-            return AutoTokenizer.from_pretrained(args.output_dir)
-        form = find_form(rows.column_names, args.stage, str(recipe.dataset))
+        if saved_in is not None and Path(saved_in, "tokenizer.json").exists():
+            return AutoTokenizer.from_pretrained(saved_in)
+        form = find_form(rows.column_names, stage, str(recipe.dataset))
         return train_tokenizer((form(row) for row in rows), recipe.tokenizer_vocab_size)
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     return AutoTokenizer.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)

@@ -28,9 +28,11 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
     """Everything before the first step. Whatever is wrong with the input is said here, as a ValueError or TypeError."""
     check_output_dir(args.output_dir)
     args.resume_from_checkpoint = _checkpoint(args)
-    train, held_out = read_splits(recipe, args.seed, args.stage)
-    tokenizer = build_tokenizer(recipe, args, train)
-    train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
+    with args.main_process_first(desc="reading the dataset"):
+        train, held_out = read_splits(recipe, args.seed, args.stage)
+        earlier = args.output_dir if args.resume_from_checkpoint else None
+        tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=earlier)
+        train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
     trainer = PreferenceTrainer(
         model=build_model(recipe, args, tokenizer),
         ref_model=build_reference(recipe),
@@ -67,8 +69,7 @@ def evaluate(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> dict
     if not (saved / "config.json").is_file() and not (saved / "adapter_config.json").is_file():
         raise ValueError(f"output_dir must hold a trained model, got {args.output_dir!r} without one")
     train, held_out = read_splits(recipe, args.seed, args.stage)
-    args.resume_from_checkpoint = "saved"  # the tokenizer that was trained with the model
-    tokenizer = build_tokenizer(recipe, args, train)
+    tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=args.output_dir)
     rows = train if held_out is None else held_out
     _, rows = tokenize_splits(recipe, args, tokenizer, None, rows)
     model, reference = _load_trained(recipe, args, tokenizer)

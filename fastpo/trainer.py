@@ -79,9 +79,6 @@ class PreferenceTrainer(Trainer):
         if self.uses_reference and ref_model is None and not has_adapter:
             ref_model = copy.deepcopy(model)
         self.ref_model = ref_model if self.uses_reference else None
-        for lm in (model, self.ref_model):
-            if lm is not None:
-                install_stats_forward(lm)
         self.vocab_size = head_parameters(causal_lm(model))[0].shape[0]
         _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
         if data_collator is None:
@@ -102,9 +99,10 @@ class PreferenceTrainer(Trainer):
         )  # fmt: skip
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
-        # Every batch yields a loss though it has no labels.
-        self.can_return_loss = True
+        # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
+        install_stats_forward(self.model)
         if self.ref_model is not None:
+            install_stats_forward(self.ref_model)
             self.ref_model.requires_grad_(False)
             self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
 

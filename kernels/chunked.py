@@ -134,8 +134,8 @@ def _forward(
 
 def _add_label_rows_(out: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> None:
     """out[t] += scale[t] * weight[labels[t]], a block of rows at a time."""
-    for block in torch.arange(out.shape[0], device=out.device).split(1024):
-        rows = slice(int(block[0]), int(block[-1]) + 1)
+    for first in range(0, out.shape[0], 1024):
+        rows = slice(first, first + 1024)
         out[rows].addcmul_(weight[labels[rows]].to(out.dtype), scale[rows, None])
 
 

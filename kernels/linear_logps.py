@@ -112,8 +112,9 @@ def linear_logps_reduce_kernel(
     seq = tl.program_id(0)
     begin = tl.load(offsets + seq)
     end = tl.load(offsets + seq + 1)
-    sum_logps = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    sum_entropy = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    # Thousands of nats: fp32 partial sums would round away what the tokens are exact to.
+    sum_logps = tl.zeros((BLOCK_R,), dtype=tl.float64)
+    sum_entropy = tl.zeros((BLOCK_R,), dtype=tl.float64)
     for first in range(begin, end, BLOCK_R):
         rows = first + tl.arange(0, BLOCK_R)
         in_range = rows < end
@@ -143,10 +144,10 @@ def linear_logps_reduce_kernel(
         tl.store(logps + rows, row_logps, mask=in_range)
         tl.store(entropy + rows, row_entropy, mask=in_range)
         tl.store(lse + rows, m + log_mass, mask=in_range)
-        sum_logps += tl.where(in_range, row_logps, 0.0)
-        sum_entropy += tl.where(in_range, row_entropy, 0.0)
-    tl.store(seq_logps + seq, tl.sum(sum_logps))
-    tl.store(seq_entropy + seq, tl.sum(sum_entropy))
+        sum_logps += tl.where(in_range, row_logps, 0.0).to(tl.float64)
+        sum_entropy += tl.where(in_range, row_entropy, 0.0).to(tl.float64)
+    tl.store(seq_logps + seq, tl.sum(sum_logps).to(tl.float32))
+    tl.store(seq_entropy + seq, tl.sum(sum_entropy).to(tl.float32))
 
 
 @triton.jit
