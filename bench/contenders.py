@@ -59,18 +59,19 @@ def main() -> None:
     hidden = torch.randn(tokens, hidden_size)
     weight = torch.randn(vocab_size, hidden_size).mul_(hidden_size**-0.5)
     labels = torch.randint(0, vocab_size, (tokens,))
-    CONTENDERS[name](hidden[:256].clone().requires_grad_(), weight[:4096], labels[:256] % 4096)
     hidden.requires_grad_()
-    seconds = 0.0
+    seconds = []
 
     def work() -> None:
-        nonlocal seconds
+        hidden.grad = None
         start = time.perf_counter()
         CONTENDERS[name](hidden, weight, labels)
-        seconds = time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
 
     peak = peak_bytes_of(work, hidden.device)
-    print(json.dumps({"name": name, "seconds": seconds, "extra_bytes": peak - hidden.numel() * 4}))
+    work()
+    row = {"first_seconds": seconds[0], "second_seconds": seconds[1], "extra_bytes": peak - hidden.numel() * 4}
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ function from row to `Pair` and add its line to `FORMS`.
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from fastpo.types import PreferenceBatch
@@ -90,10 +91,11 @@ FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair]] = {
 
 def find_form(columns: Sequence[str], stage: str, source: str) -> Callable[[Mapping[str, Any]], Pair]:
     """The form of a dataset with these columns."""
-    for needed, form in FORMS.items():
-        if set(needed) <= set(columns) and (stage == "sft" or form is not from_prompt_completion):
+    usable = {needed: form for needed, form in FORMS.items() if stage == "sft" or form is not from_prompt_completion}
+    for needed, form in usable.items():
+        if set(needed) <= set(columns):
             return form
-    known = "; ".join(" + ".join(needed) for needed in FORMS)
+    known = "; ".join(" + ".join(needed) for needed in usable)
     raise ValueError(f"{source} must have the columns of one of: {known}; got {', '.join(columns) or 'none'}")
 
 
@@ -152,7 +154,9 @@ def read_dataset(name: str, split: str = "train") -> Dataset:
         raise ValueError(f"dataset must end in {', '.join(FILE_LOADERS)}, got {name!r}")
     try:
         if looks_like_file:
-            if Path(name).stat().st_size == 0 or Path(name).read_bytes()[:64].strip() == b"[]":
+            with Path(name).open("rb") as file:
+                start = file.read(65)
+            if len(start) <= 64 and not start.strip(b"[]{} \t\r\n"):
                 raise ValueError(f"dataset {name!r} must have at least one row, got an empty file")
             dataset = load_dataset(FILE_LOADERS[suffix], data_files=name, split="train")
         else:
@@ -187,7 +191,7 @@ def _diagnose_json(name: str) -> str | None:
         if not isinstance(row, dict):
             return f"row {index} must be an object, got {_shown(row)}"
         for key, value in row.items():
-            kind = type(value).__name__
+            kind = "number" if isinstance(value, int | float) else type(value).__name__
             if value is not None and types.setdefault(key, kind) != kind:
                 return f"row {index}: {key!r} is {kind} where earlier rows have {types[key]}"
     return None
@@ -211,12 +215,15 @@ def tokenize_dataset(
     """
     columns = dataset.column_names
     if {"prompt_ids", "chosen_ids"} <= set(columns):
+        if stage != "sft" and "rejected_ids" not in columns:
+            raise ValueError(f"{source} must have rejected_ids beside chosen_ids, got {', '.join(columns)}")
         return dataset if "index" in columns else dataset.add_column("index", list(range(len(dataset))))
     form = find_form(columns, stage, source)
 
     def convert(row: dict[str, Any], position: int) -> dict[str, Any]:
-        index = row.get("index", position)  # a split keeps its rows' numbers in the file
-        empty = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "index": index, "problem": ""}
+        # A split keeps its rows' numbers in the file; anything else called index is the caller's own.
+        index = row["index"] if type(row.get("index")) is int else position
+        empty: dict[str, Any] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "index": index, "problem": ""}
         try:
             pair = form(row)
             if stage == "sft":
@@ -224,16 +231,23 @@ def tokenize_dataset(
             tokens = tokenize_pair(pair, tokenizer, max_length)
             if "context_scale" in row:
                 scale = row["context_scale"]
-                if isinstance(scale, bool) or not isinstance(scale, int | float):
-                    raise BadRowError(f"'context_scale' must be a number, got {_shown(scale)}")
+                if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+                    raise BadRowError(f"'context_scale' must be a finite number, got {_shown(scale)}")
                 tokens["context_scale"] = float(scale)
         except BadRowError as error:
             return empty | ({"context_scale": 0.0} if "context_scale" in row else {}) | {"problem": str(error)}
         return empty | tokens
 
+    # Types stated, not taken from the first thousand rows; no cache, whose key does not see this module's code.
+    ids = List(Value("int64"))
+    features = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "index": Value("int64")}
+    features["problem"] = Value("string")
+    if "context_scale" in columns:
+        features["context_scale"] = Value("float64")
     result = dataset.map(
-        convert, with_indices=True, remove_columns=columns, num_proc=num_proc, desc=f"Tokenizing {source}"
-    )
+        convert, with_indices=True, remove_columns=columns, num_proc=num_proc, desc=f"Tokenizing {source}",
+        features=Features(features), load_from_cache_file=False,
+    )  # fmt: skip
     problems = [(i, p) for i, p in zip(result["index"], result["problem"], strict=True) if p]
     if problems:
         named = "; ".join(f"{source} row {index}: {problem}" for index, problem in problems[:MAX_NAMED_ROWS])
@@ -279,6 +293,8 @@ def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], 
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion:
             raise BadRowError("a completion must not be empty, got ''")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer must have an eos_token, which ends a completion, got None")
         prompt_ids = tokenizer(prompt)["input_ids"]
         # A tokenizer that appends its end-of-sequence token must not end the prompt with it.
         if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id:
@@ -289,6 +305,8 @@ def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], 
         raise BadRowError("prompt and completions must all be text or all be messages")
     if any(not turn["content"] for turn in completion):
         raise BadRowError("a completion must not be empty, got a message without content")
+    if completion[0]["role"] != "assistant":
+        raise BadRowError(f"a completion must start with the assistant's message, got {_shown(completion[0])}")
     if prompt[-1]["role"] == "assistant":
         raise BadRowError("the last message of the prompt must not be the assistant's")
     template = {"tokenize": True, "return_dict": False}

@@ -134,7 +134,9 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
     train = read_dataset(recipe.dataset, recipe.dataset_split)
     find_form(train.column_names, stage, recipe.dataset)
     # The rows' numbers in the file travel along, so that an error or a diverging loss names the right one.
-    train = train.add_column("index", list(range(len(train)))) if "index" not in train.column_names else train
+    if "index" in train.column_names:
+        train = train.remove_columns("index")
+    train = train.add_column("index", list(range(len(train))))
     if recipe.max_samples is not None:
         train = train.select(range(min(recipe.max_samples, len(train))))
     if recipe.eval_dataset is not None:

@@ -117,8 +117,6 @@ class PreferenceTrainer(Trainer):
             skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc,
         )  # fmt: skip
         objective = args.preference_config
-        if args.stage == "dpo" and "rejected_ids" not in rows.column_names:
-            raise ValueError(f"{source} must have rejected_ids in stage dpo, got {', '.join(rows.column_names)}")
         scaled = "context_scale" in rows.column_names
         if (
             args.stage == "dpo"

@@ -6,6 +6,7 @@ units in all. Otherwise, and for the entropy's gradient, the backward recomputes
 log-sum-exp.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MAX_COLS = 8192
 # Stands for "no logit seen yet": finite, so that differences of two of them are 0 rather than NaN.
 LOWEST = -1e30
+LOG2E = math.log2(math.e)
 
 
 def linear_logps_chunked(
@@ -103,21 +105,20 @@ def _forward(
         new = torch.maximum(old, z.amax(1))
         shift = old - new
         decay = shift.exp()
-        z.sub_(new[:, None])
+        slope = None if expected is None or transform.softcap is None else transform.slope_(z.clone())
+        # Base 2: on a CPU exp2 takes a quarter of exp's time.
+        z.sub_(new[:, None]).mul_(LOG2E)
         if bias is not None:
             z.clamp_(min=LOWEST)  # a bias of -inf must give 0 * LOWEST = 0, not 0 * inf
-        p = torch.exp(z, out=tile.spare)
-        # A batched dot product reads the tile once and writes nothing back; p * z would write a third tile.
-        tile_moment = torch.bmm(p.unsqueeze(1), z.unsqueeze(2)).flatten()
+        p = torch.exp2(z, out=tile.spare)
+        tile_moment = torch.mul(p, z, out=z).sum(1) / LOG2E
         moment[tile.rows] = (moment[tile.rows] + mass[tile.rows] * shift) * decay + tile_moment
         mass[tile.rows] = mass[tile.rows] * decay + p.sum(1)
         peak[tile.rows] = new
         if expected is not None:
-            if transform.softcap is not None:
-                slope = transform.slope_(z.add_(new[:, None]))
-                label_slope[tile.rows] = torch.where(inside, slope.gather(1, column), label_slope[tile.rows, None])[
-                    :, 0
-                ]
+            if slope is not None:
+                at_label = slope.gather(1, column)
+                label_slope[tile.rows] = torch.where(inside, at_label, label_slope[tile.rows, None])[:, 0]
                 p.mul_(slope)
             rows = expected[tile.rows].mul_(decay[:, None])
             mm_into(rows, p if p.dtype == tile.weight.dtype else p.to(tile.weight.dtype), tile.weight, accumulate=True)
@@ -222,14 +223,15 @@ def _logits_grad_(
     g = grad_logps[tile.rows, None]
     z = _logits_(tile, transform)
     slope = None if transform.softcap is None else transform.slope_(z.clone())
-    z.sub_(lse[tile.rows, None])
+    z.sub_(lse[tile.rows, None]).mul_(LOG2E)
     if tile.bias is not None:
         z.clamp_(min=LOWEST)
-    p = torch.exp(z, out=tile.spare)
+    p = torch.exp2(z, out=tile.spare)
     if grad_entropy is None:
         p.mul_(-g)
     else:
-        p.mul_(z.add_(entropy[tile.rows, None]).mul_(grad_entropy[tile.rows, None]).add_(g)).neg_()
+        surplus = z.div_(LOG2E).add_(entropy[tile.rows, None])  # log p + H
+        p.mul_(surplus.mul_(grad_entropy[tile.rows, None]).add_(g)).neg_()
     column, inside = _label_columns(labels, tile)
     p.scatter_add_(1, column, torch.where(inside, g, 0))
     if slope is not None:

@@ -12,7 +12,7 @@ from tolerance import assert_grads_close, assert_stats_close
 from torch import Tensor
 
 from fastpo import SequenceStats, linear_logps, linear_sequence_stats
-from fastpo.kernels import chunked, fused
+from fastpo.kernels import chunked, configs, fused
 
 GPU = torch.cuda.is_available()
 
@@ -362,3 +362,11 @@ def test_sums_of_thousands_of_tokens_keep_the_tokens_exactness(impl: str) -> Non
         truth = linear_sequence_stats(hidden[None].double(), weight.double(), labels[None], impl="reference")
     size = truth.logps.abs().item()
     assert abs(stats.logps.item() - truth.logps.item()) <= 2 * torch.finfo(torch.float32).eps * size
+
+
+@pytest.mark.skipif(GPU, reason="a GPU runs its own tiles")
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_fused_with_the_tiles_that_a_gpu_would_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = configs.CONFIGS[family][0]
+    monkeypatch.setitem(configs.CONFIGS, "interpreter", (half, half))
+    check(Case(seed=10, n=150, d=100, v=301, bias=True, softcap=10.0), "fused")
