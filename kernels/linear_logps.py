@@ -70,13 +70,12 @@ def _to_logits(x, bias, cols, V, scale, softcap, inv_temperature, HAS_BIAS: tl.c
 
 
 @triton.jit
-def linear_logps_fwd_kernel(
-    hidden, weight, bias, labels, part_max, part_sum, part_moment, label_logit,
-    N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap, inv_temperature,
+def _logits_tile(
+    hidden, weight, bias, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap, inv_temperature,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
     EVEN_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part_* (V/BLOCK_V, N) fp32: each tile's max, mass and moment; label_logit (N,) fp32. labels: int32."""
+    """This program's rows (BLOCK_N,), columns (BLOCK_V,), column tile, and logits (BLOCK_N, BLOCK_V) fp32."""
     row_tile, col_tile = _tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
     rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -85,6 +84,21 @@ def linear_logps_fwd_kernel(
         BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, PRECISION,
     )  # fmt: skip
     z = _to_logits(x, bias, cols, V, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+    return rows, cols, col_tile, z
+
+
+@triton.jit
+def linear_logps_fwd_kernel(
+    hidden, weight, bias, labels, part_max, part_sum, part_moment, label_logit,
+    N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap, inv_temperature,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    EVEN_D: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """part_* (V/BLOCK_V, N) fp32: each tile's max, mass and moment; label_logit (N,) fp32. labels: int32."""
+    rows, cols, col_tile, z = _logits_tile(
+        hidden, weight, bias, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap, inv_temperature,
+        BLOCK_N, BLOCK_V, BLOCK_D, GROUP, EVEN_D, HAS_BIAS, HAS_SOFTCAP, PRECISION,
+    )  # fmt: skip
     z = tl.where(cols[None, :] < V, z, LOWEST)
 
     in_range = rows < N
@@ -139,7 +153,8 @@ def linear_logps_reduce_kernel(
             m = new_m
         mass = tl.where(in_range, mass, 1.0)
         log_mass = tl.log(mass)
-        row_logps = tl.load(label_logit + rows, mask=in_range, other=0.0) - m - log_mass
+        label = tl.load(label_logit + rows, mask=in_range, other=0.0)
+        row_logps = tl.where(label > LOWEST, label - m - log_mass, float("-inf"))
         row_entropy = log_mass - moment / mass
         tl.store(logps + rows, row_logps, mask=in_range)
         tl.store(entropy + rows, row_entropy, mask=in_range)
@@ -162,14 +177,10 @@ def linear_logps_bwd_kernel(
 
     g (1[v = y] - p) - g_H p (log p + H), times d z / d x.
     """
-    row_tile, col_tile = _tile_index(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP)
-    rows = row_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = col_tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = _project(
-        hidden, weight, rows, cols, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd,
-        BLOCK_N, BLOCK_V, BLOCK_D, EVEN_D, PRECISION,
+    rows, cols, _, z = _logits_tile(
+        hidden, weight, bias, N, V, D, stride_hn, stride_hd, stride_wv, stride_wd, scale, softcap, inv_temperature,
+        BLOCK_N, BLOCK_V, BLOCK_D, GROUP, EVEN_D, HAS_BIAS, HAS_SOFTCAP, PRECISION,
     )  # fmt: skip
-    z = _to_logits(x, bias, cols, V, scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
     in_range = rows < N
     logp = z - tl.load(lse + rows, mask=in_range, other=0.0)[:, None]
     grad = -tl.exp2(logp * LOG2E)

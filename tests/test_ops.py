@@ -257,6 +257,13 @@ class TestEveryImplementation:
         for a, b in zip(*grads, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
+    def test_a_forbidden_label_has_log_prob_minus_infinity(self, impl: str) -> None:
+        hidden, weight, bias = self.place(impl, torch.randn(3, 6), torch.randn(90, 6), torch.zeros(90))
+        bias[40] = -torch.inf
+        labels = torch.tensor([40, 41, 40], device=hidden.device)
+        stats = linear_sequence_stats(hidden, weight, labels, bias, cu_seqlens=torch.tensor([0, 1, 2, 3]), impl=impl)
+        assert stats.logps.isinf().tolist() == [True, False, True] and stats.entropy.isfinite().all()
+
     def test_certain_token_has_log_prob_zero_not_above(self, impl: str) -> None:
         hidden, weight = self.place(impl, torch.full((2, 1), 100.0), torch.linspace(-1, 1, 67)[:, None])
         stats = linear_logps(hidden, weight, torch.tensor([66, 66], device=hidden.device), impl=impl)
