@@ -97,6 +97,7 @@ class PreferenceTrainer(Trainer):
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
+        self.add_callback(_EarlierLoss(self))
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
@@ -227,6 +228,20 @@ class PreferenceTrainer(Trainer):
             logs.update(self._meters["train"].collect(self.accelerator))
             self._meters["train"] = _Meter()
         super().log(logs, start_time)
+
+
+class _EarlierLoss(TrainerCallback):
+    """Makes train_loss of a resumed run the mean over all its steps; transformers counts those since the resumption."""
+
+    def __init__(self, trainer: PreferenceTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before = 0
+        for row in state.log_history:
+            if "loss" in row:
+                self.trainer._total_loss_scalar += row["loss"] * (row["step"] - before)
+                before = row["step"]
 
 
 class _Meter:

@@ -256,13 +256,14 @@ def test_resuming_continues_the_same_curve(tmp_path: Path) -> None:
     first.train()
     # As if killed after step 5: later logs are there, the checkpoint of step 6 is not.
     resumed = trainer_for(tmp_path / "parts", callbacks=[MetricsFile(str(tmp_path / "parts"))], **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-3"))
     losses = [row["loss"] for row in whole.state.log_history if "loss" in row]
     written = [
         (row["step"], row["loss"]) for row in read_metrics(tmp_path / "parts" / "metrics.jsonl") if "loss" in row
     ]
     assert [step for step, _ in written] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_allclose([loss for _, loss in written], losses, rtol=1e-6)
+    assert output.training_loss == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 def test_bf16_autocast_trains_and_keeps_fp32_statistics(tmp_path: Path) -> None:
