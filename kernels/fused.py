@@ -1,5 +1,6 @@
 """Launchers and autograd function of the Triton kernels: statistics in one pass, gradients by vocabulary slices."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -83,6 +84,11 @@ def _grid(arguments: dict[str, Any]) -> tuple[int]:
     return (tiles_n * triton.cdiv(arguments["V"], arguments["BLOCK_V"]),)
 
 
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
 def _operand(x: Tensor) -> Tensor:
     """The interpreter multiplies bf16 wrongly, so it gets fp32; a GPU gets the tensor as it is."""
     return x.float() if interpreting() else x
@@ -108,14 +114,15 @@ class _LinearLogps(torch.autograd.Function):
         arguments = _gemm_arguments(_operand(hidden), _operand(weight), bias, transform)
         tiles = triton.cdiv(weight.shape[0], arguments["BLOCK_V"])
         partials = hidden.new_empty((3, tiles, n), dtype=torch.float32)
-        linear_logps_fwd_kernel[_grid(arguments)](
-            labels=labels, part_max=partials[0], part_sum=partials[1], part_moment=partials[2],
-            label_logit=label_logit, **arguments,
-        )  # fmt: skip
-        linear_logps_reduce_kernel[(sequences,)](
-            *partials, label_logit, offsets, logps, entropy, lse, seq_logps, seq_entropy, n, tiles,
-            **REDUCE_CONSTEXPRS, num_warps=REDUCE_WARPS,
-        )  # fmt: skip
+        with _device_of(hidden):
+            linear_logps_fwd_kernel[_grid(arguments)](
+                labels=labels, part_max=partials[0], part_sum=partials[1], part_moment=partials[2],
+                label_logit=label_logit, **arguments,
+            )  # fmt: skip
+            linear_logps_reduce_kernel[(sequences,)](
+                *partials, label_logit, offsets, logps, entropy, lse, seq_logps, seq_entropy, n, tiles,
+                **REDUCE_CONSTEXPRS, num_warps=REDUCE_WARPS,
+            )  # fmt: skip
         ctx.save_for_backward(hidden, weight, labels, bias, offsets, lse, entropy)
         return logps, entropy, seq_logps, seq_entropy
 
@@ -138,12 +145,13 @@ class _LinearLogps(torch.autograd.Function):
             w = _operand(weight[cols])
             grad = buffer[: n * w.shape[0]].view(n, w.shape[0])
             arguments = _gemm_arguments(operand, w, None if bias is None else bias[cols], ctx.transform)
-            linear_logps_bwd_kernel[_grid(arguments)](
-                labels=labels, lse=lse, entropy=entropy, grad_logps=lse if grad_logps is None else grad_logps,
-                grad_entropy=lse if grad_entropy is None else grad_entropy, grad_x=grad, first_col=first,
-                stride_gn=grad.stride(0), HAS_LOGPS=grad_logps is not None, HAS_ENTROPY=grad_entropy is not None,
-                **arguments,
-            )  # fmt: skip
+            with _device_of(hidden):
+                linear_logps_bwd_kernel[_grid(arguments)](
+                    labels=labels, lse=lse, entropy=entropy, grad_logps=lse if grad_logps is None else grad_logps,
+                    grad_entropy=lse if grad_entropy is None else grad_entropy, grad_x=grad, first_col=first,
+                    stride_gn=grad.stride(0), HAS_LOGPS=grad_logps is not None,
+                    HAS_ENTROPY=grad_entropy is not None, **arguments,
+                )  # fmt: skip
             if d_hidden is not None:
                 mm_into(d_hidden, grad, w, accumulate=True)
             if d_weight is not None:
