@@ -54,6 +54,11 @@ class PreferenceTrainingArguments(_ObjectiveFields, TrainingArguments):  # type:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
             raise ValueError(f"max_length must be an integer >= 2, got {self.max_length!r}")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor must be 0 here (the objective has label_smoothing), "
+                f"got {self.label_smoothing_factor!r}"
+            )
         self.preference_config = PreferenceConfig(**{name: getattr(self, name) for name in OBJECTIVE_NAMES})
         # The batch has no field of the name `labels`; None would have the Trainer guess from the model's forward.
         self.label_names: list[str] = []

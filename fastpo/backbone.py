@@ -20,8 +20,10 @@ from fastpo.types import SequenceStats
 
 IGNORED = -100
 # How config classes name what their forward does to the logits.
-SOFTCAP_FIELD = "final_logit_softcapping"
-SCALE_FIELDS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}  # name -> exponent
+SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+SCALE_FIELDS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}  # exponents
+# Model types that mean something else by such a name: their own exponents.
+SCALE_EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}, "mpt": {"logit_scale": 0}}
 
 
 @dataclass
@@ -85,6 +87,8 @@ def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(head, "base_layer"):
         raise ValueError("peft_config must not put LoRA on the LM head (use modules_to_save for it)")
     weight, bias = head.weight, getattr(head, "bias", None)
+    if isinstance(weight, DTensor) and weight.requires_grad:
+        raise ValueError("an LM head that is trained and sharded apart (FSDP2) is not supported in this version")
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 shards of the LM head are not supported in this version; use ZeRO-2")
     return _whole(weight), None if bias is None else _whole(bias)
@@ -95,13 +99,14 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def logit_options(config: Any) -> dict[str, Any]:
-    """`logit_scale` and `softcap` that the model's own forward would apply to its logits."""
+    """`logit_scale` and `softcap` that the model's own forward would apply to its logits, by its config's fields."""
     scale = 1.0
-    for name, exponent in SCALE_FIELDS.items():
+    for name, exponent in (SCALE_FIELDS | SCALE_EXCEPTIONS.get(config.model_type, {})).items():
         value = getattr(config, name, None)
-        if value is not None:
+        if exponent and value is not None:
             scale *= float(value) ** exponent
-    return {"logit_scale": scale, "softcap": getattr(config, SOFTCAP_FIELD, None)}
+    caps = [cap for name in SOFTCAP_FIELDS if (cap := getattr(config, name, None)) is not None]
+    return {"logit_scale": scale, "softcap": caps[0] if caps else None}
 
 
 def _stats_forward(
@@ -113,7 +118,7 @@ def _stats_forward(
     if not torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(weight.dtype)  # norms kept in fp32 (k-bit training) feed a 16-bit head
     stats = linear_sequence_stats(
-        hidden, weight, aligned_labels(input_ids, completion_mask), bias, ignore_index=IGNORED,
+        hidden, weight, aligned_labels(input_ids, completion_mask).to(hidden.device), bias, ignore_index=IGNORED,
         **logit_options(lm.config.get_text_config()),
     )  # fmt: skip
     return StatsOutput(**stats._asdict())

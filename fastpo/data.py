@@ -45,7 +45,12 @@ class BadRowError(ValueError):
 
 
 def from_prompt_pair(row: Mapping[str, Any]) -> Pair:
-    """TRL's explicit form: prompt, chosen, rejected; text or lists of {role, content}."""
+    """TRL's explicit form: prompt, chosen, rejected; text or lists of {role, content}.
+
+    A text prompt beside lists of messages is a title: the dialogues hold the prompt themselves.
+    """
+    if isinstance(row.get("prompt"), str) and all(isinstance(row.get(side), list) for side in ("chosen", "rejected")):
+        return from_transcripts(row)
     return Pair(*(_text(row, name) for name in ("prompt", "chosen", "rejected")))
 
 
@@ -55,9 +60,15 @@ def from_prompt_completion(row: Mapping[str, Any]) -> Pair:
 
 
 def from_sharegpt(row: Mapping[str, Any]) -> Pair:
-    """LLaMA-Factory's ranking form: conversations [{from, value}], chosen and rejected one {from, value} each."""
+    """LLaMA-Factory's ranking form: conversations [{from, value}], chosen and rejected one {from, value} each.
+
+    A `system` column holds the system message.
+    """
+    if row.get("tools"):
+        raise BadRowError(f"'tools' must be empty, got {_shown(row['tools'])}")
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     return Pair(
-        _sharegpt_messages(row, "conversations"),
+        system + _sharegpt_messages(row, "conversations"),
         _sharegpt_messages(row, "chosen"),
         _sharegpt_messages(row, "rejected"),
     )
@@ -349,10 +360,10 @@ class PreferenceCollator:
             attention_mask[i, :end] = 1
             completion_mask[i, len(prompt) : end] = 1
         batch: PreferenceBatch = {
+            "index": torch.tensor([row["index"] for row in rows]),  # first: the Trainer reads the batch size off it
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "completion_mask": completion_mask,
-            "index": torch.tensor([row["index"] for row in rows]),
         }
         if "context_scale" in rows[0]:
             batch["context_scale"] = torch.tensor([row["context_scale"] for row in rows], dtype=torch.float32)

@@ -64,7 +64,7 @@ def preference_loss(
         raise ValueError(f"pref_loss_type must be one of {', '.join(LINKS)} here, got {config.pref_loss_type!r}")
     if chosen_variance is not None or rejected_variance is not None:
         raise ValueError("chosen_variance and rejected_variance must be None unless pref_loss_type is 'disco'")
-    reference = _usable_reference(config, ref_chosen, ref_rejected, batch)
+    reference = _usable_reference(config, ref_chosen, ref_rejected, batch, chosen.logps.dtype)
     b = _beta_tensor(config.beta if beta is None else beta, chosen.logps)
     phi = _context_scale(config, context_scale, reference, chosen.logps, vocab_size)
 
@@ -120,7 +120,11 @@ def _spread(name: str, values: Tensor) -> dict[str, Tensor]:
 
 
 def _usable_reference(
-    config: PreferenceConfig, ref_chosen: SequenceStats | None, ref_rejected: SequenceStats | None, batch: torch.Size
+    config: PreferenceConfig,
+    ref_chosen: SequenceStats | None,
+    ref_rejected: SequenceStats | None,
+    batch: torch.Size,
+    dtype: torch.dtype,
 ) -> tuple[SequenceStats, SequenceStats] | None:
     """The reference pair where it may be read, None where the formula leaves it out."""
     if config.reference_free:
@@ -132,7 +136,11 @@ def _usable_reference(
             raise ValueError(f"{name} must be the reference's SequenceStats unless reference_free=True, got None")
         _check_stats(name, stats, batch)
     assert ref_chosen is not None and ref_rejected is not None
-    return ref_chosen, ref_rejected
+    return _cast(ref_chosen, dtype), _cast(ref_rejected, dtype)
+
+
+def _cast(stats: SequenceStats, dtype: torch.dtype) -> SequenceStats:
+    return stats._replace(logps=stats.logps.to(dtype), entropy=stats.entropy.to(dtype))
 
 
 def _beta_tensor(beta: float | Tensor, like: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Recipes: a YAML file and command-line overrides become arguments, a model, a tokenizer and datasets."""
 
+import argparse
 import dataclasses
 import difflib
-import itertools
 import json
 import os
 from dataclasses import dataclass
@@ -29,12 +29,16 @@ class RecipeArguments:
     tokenizer_name_or_path: str | None = option(None, "The tokenizer; default: the model's.")
     tokenizer_vocab_size: int | None = option(None, "Train a byte-level BPE tokenizer of this size on the dataset.")
     ref_model_name_or_path: str | None = option(None, "Another reference model.")
-    dtype: str = option("auto", "Weights: auto, float32, bfloat16 or float16.")
+    dtype: str = option(
+        "auto",
+        "Weights: float32, bfloat16, float16, or auto: as saved under an adapter, float32 where all are trained.",
+    )
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = option(False, "Allow code from the model's repository.")
     dataset: str | None = option(None, "A JSON, JSONL or Parquet file, or a dataset's name.")
     dataset_split: str = option("train", "Split of a named dataset.")
     eval_dataset: str | None = option(None, "Held-out data in the same forms.")
+    eval_split: str | None = option(None, "Split of a named eval_dataset; default: dataset_split.")
     eval_fraction: float = option(0.0, "Hold out this fraction of the dataset where eval_dataset is not given.")
     max_samples: int | None = option(None, "Use the first so many rows.")
     use_peft: bool = option(False, "Train a LoRA adapter; the reference is the model without it.")
@@ -89,9 +93,9 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[RecipeArguments, Pref
         if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
             raise ValueError(f"unknown option {flag.split('=')[0]!r}{_nearest(name, known)}")
     # The preset may stand in the file or on the command line; it must be known before other defaults are set.
-    preset = recipe.get("preset")
-    for flag, value in itertools.pairwise(overrides):
-        preset = value if flag == "--preset" else preset
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default=recipe.get("preset"))
+    preset = finder.parse_known_args(overrides)[0].preset
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     parser.set_defaults(**(PRESETS[preset] if preset else {}))
@@ -140,7 +144,7 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
     if recipe.max_samples is not None:
         train = train.select(range(min(recipe.max_samples, len(train))))
     if recipe.eval_dataset is not None:
-        return train, read_dataset(recipe.eval_dataset, recipe.dataset_split)
+        return train, read_dataset(recipe.eval_dataset, recipe.eval_split or recipe.dataset_split)
     if recipe.eval_fraction == 0:
         return train, None
     if len(train) < 2:
@@ -165,7 +169,7 @@ def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, toke
     extra = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
     if recipe.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(
-            recipe.model_name_or_path, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code, **extra
+            recipe.model_name_or_path, dtype=_dtype(recipe), trust_remote_code=recipe.trust_remote_code, **extra
         )
     assert isinstance(recipe.model_config, dict)
     fields = {
@@ -181,12 +185,17 @@ def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, toke
     return AutoModelForCausalLM.from_config(config, **dtype, **extra)
 
 
+def _dtype(recipe: RecipeArguments) -> str:
+    """Steps of AdamW at preference learning rates are below the resolution of 16-bit weights and would be lost."""
+    return "float32" if recipe.dtype == "auto" and not recipe.use_peft else recipe.dtype
+
+
 def build_reference(recipe: RecipeArguments) -> Any:
     """Another reference model where the recipe names one, else None (the trainer's own choice)."""
     if recipe.ref_model_name_or_path is None:
         return None
     return AutoModelForCausalLM.from_pretrained(
-        recipe.ref_model_name_or_path, dtype=recipe.dtype, trust_remote_code=recipe.trust_remote_code
+        recipe.ref_model_name_or_path, dtype=_dtype(recipe), trust_remote_code=recipe.trust_remote_code
     )
 
 
@@ -195,15 +204,20 @@ def build_peft_config(recipe: RecipeArguments) -> Any:
         return None
     from peft import LoraConfig
 
-    targets = recipe.lora_target_modules
+    targets = _names(recipe.lora_target_modules)
     return LoraConfig(
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
-        modules_to_save=recipe.lora_modules_to_save.split(",") if recipe.lora_modules_to_save else None,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=_names(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
         task_type="CAUSAL_LM",
     )
+
+
+def _names(value: str | list[str]) -> list[str]:
+    """Names separated by commas, or a list as YAML writes it."""
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
 
 
 def tokenize_splits(

@@ -33,6 +33,6 @@ def linear_logps_reference(
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     logps = log_probs.gather(-1, labels[:, None])[:, 0]
     # 0 log 0 = 0; the inner where keeps the gradient of the branch not taken finite.
-    possible = log_probs > -torch.inf
+    possible = log_probs != -torch.inf
     surprise = torch.where(possible, -log_probs, 0)
     return logps, (torch.where(possible, log_probs, -torch.inf).exp() * surprise).sum(-1)

@@ -65,7 +65,7 @@ class PreferenceTrainer(Trainer):
                 "One process drives one GPU here: using the first of %d. See `accelerate launch`.", args.n_gpu
             )
             args._n_gpu = 1
-        model, ref_model, processing_class = _load(model, ref_model, processing_class)
+        model, ref_model, processing_class = _load(model, ref_model, processing_class, full=peft_config is None)
         if args.disable_dropout:
             _disable_dropout(model)
         has_adapter = hasattr(model, "disable_adapter")
@@ -205,6 +205,16 @@ class PreferenceTrainer(Trainer):
 
     # --- evaluation and logging -------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        if isinstance(eval_dataset, Dataset):
+            eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.args, self.processing_class)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> Any:
+        return super().get_test_dataloader(
+            self._tokenize(test_dataset, "test_dataset", self.args, self.processing_class)
+        )
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -273,10 +283,15 @@ class _Meter:
         return found
 
 
-def _load(model: Any, ref_model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """Names become models, and a missing tokenizer the one saved beside the model."""
+def _load(model: Any, ref_model: Any, tokenizer: Any, full: bool) -> tuple[Any, Any, Any]:
+    """Names become models, and a missing tokenizer the one saved beside the model.
+
+    A model trained in full is loaded in fp32: AdamW's steps at preference learning rates are below the resolution of
+    16-bit weights and would be lost.
+    """
+    dtype = "float32" if full else "auto"
     model, ref_model = (
-        AutoModelForCausalLM.from_pretrained(x) if isinstance(x, str) else x for x in (model, ref_model)
+        AutoModelForCausalLM.from_pretrained(x, dtype=dtype) if isinstance(x, str) else x for x in (model, ref_model)
     )
     if ref_model is not None and ref_model is model:
         raise ValueError("ref_model must be another object than model, got the same one")

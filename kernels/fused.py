@@ -19,6 +19,7 @@ from fastpo.kernels.tiles import LogitTransform, mm_into, refuse_double_backward
 TOKENS_PER_SEGMENT = 32
 # Elements of one slice of logits gradients: 64 MB in 16-bit, and still a large GEMM.
 SLICE_ELEMENTS = 1 << 25
+MAX_COLS = 8192
 
 
 def interpreting() -> bool:
@@ -109,8 +110,10 @@ class _LinearLogps(torch.autograd.Function):
         ctx.transform = transform
         n, sequences = hidden.shape[0], offsets.shape[0] - 1
         labels = labels.to(torch.int32)
-        logps, entropy, lse, label_logit = hidden.new_empty((4, n), dtype=torch.float32)
-        seq_logps, seq_entropy = hidden.new_empty((2, sequences), dtype=torch.float32)
+        # Apart, not slices of one tensor: autograd refuses in-place changes of such views.
+        logps, entropy, lse = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
+        seq_logps, seq_entropy = (hidden.new_empty(sequences, dtype=torch.float32) for _ in range(2))
+        label_logit = hidden.new_full((n,), torch.nan, dtype=torch.float32)
         arguments = _gemm_arguments(_operand(hidden), _operand(weight), bias, transform)
         tiles = triton.cdiv(weight.shape[0], arguments["BLOCK_V"])
         partials = hidden.new_empty((3, tiles, n), dtype=torch.float32)
@@ -138,7 +141,7 @@ class _LinearLogps(torch.autograd.Function):
         d_bias = torch.empty_like(bias) if needs_bias else None
         n, v = hidden.shape[0], weight.shape[0]
         operand = _operand(hidden)
-        width = min(v, max(256, SLICE_ELEMENTS // n // 256 * 256))
+        width = min(v, MAX_COLS, max(256, SLICE_ELEMENTS // n // 256 * 256))
         buffer = operand.new_empty(n * width)
         for first in range(0, v, width):
             cols = slice(first, min(first + width, v))
@@ -155,7 +158,9 @@ class _LinearLogps(torch.autograd.Function):
             if d_hidden is not None:
                 mm_into(d_hidden, grad, w, accumulate=True)
             if d_weight is not None:
-                d_weight[cols] = grad.t() @ operand
+                slice_grad = torch.empty_like(w, dtype=torch.float32)
+                mm_into(slice_grad, grad.t(), operand)
+                d_weight[cols] = slice_grad
             if d_bias is not None:
                 d_bias[cols] = grad.sum(0, dtype=torch.float32)
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, d_bias, None, None

@@ -65,7 +65,8 @@ def _to_logits(x, bias, cols, V, scale, softcap, inv_temperature, HAS_BIAS: tl.c
     else:
         z = x * (scale * inv_temperature)
     if HAS_BIAS:
-        z = tl.maximum(z, LOWEST)
+        # Not -inf, but still NaN: a NaN that became a number would cost nothing and go unseen.
+        z = tl.maximum(z, LOWEST, propagate_nan=tl.PropagateNan.ALL)
     return z
 
 
@@ -154,7 +155,7 @@ def linear_logps_reduce_kernel(
         mass = tl.where(in_range, mass, 1.0)
         log_mass = tl.log(mass)
         label = tl.load(label_logit + rows, mask=in_range, other=0.0)
-        row_logps = tl.where(label > LOWEST, label - m - log_mass, float("-inf"))
+        row_logps = tl.where(label <= LOWEST, float("-inf"), label - m - log_mass)
         row_entropy = log_mass - moment / mass
         tl.store(logps + rows, row_logps, mask=in_range)
         tl.store(entropy + rows, row_entropy, mask=in_range)

@@ -96,7 +96,13 @@ def test_lora_and_another_stage(recipe: Path, tmp_path: Path) -> None:
     adapted = yaml.safe_load(recipe.read_text())
     for key in ("model_config", "tokenizer_vocab_size"):
         del adapted[key]
-    adapted |= {"model_name_or_path": str(tmp_path / "sft"), "use_peft": True, "lora_r": 4, "save_strategy": "no"}
+    adapted |= {
+        "model_name_or_path": str(tmp_path / "sft"),
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "save_strategy": "no",
+    }
     recipe.write_text(yaml.safe_dump(adapted))
     assert main(["train", str(recipe)]) == 0
     assert (tmp_path / "run" / "adapter_config.json").is_file()
@@ -110,7 +116,7 @@ def test_a_preset_stands_below_the_file_and_the_file_below_the_command_line(reci
     config = args.preference_config
     assert (config.beta, config.home_advantage, config.reference_mix) == (3.0, 0.7, 0.25)
     assert args.learning_rate == 1e-2
-    _, args = parse_recipe(str(recipe), ["--preset", "simpo", "--home_advantage", "0.5"])
+    _, args = parse_recipe(str(recipe), ["--preset=simpo", "--home_advantage", "0.5"])
     assert args.preference_config.reference_free and args.preference_config.beta == 2.0
 
 
@@ -143,7 +149,8 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "label smoothing out of range": (["--label_smoothing", "0.9"], "label_smoothing must be in [0, 0.5], got 0.9"),
     "unwritable output": (["--output_dir", "/dev/null/run"], "output_dir must be a writable folder"),
     "unknown stage": (["--stage", "ppo2"], "stage must be one of sft, dpo, got 'ppo2'"),
-    "unknown preset": (["--preset", "kto"], "preset must be one of dpo, ln_dpo"),
+    "smoothing of the other kind": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0 here"),
+    "unknown preset": (["--preset=kto"], "preset must be one of dpo, ln_dpo"),
     "unknown model": (["--model_name_or_path", "/nowhere"], "either model_name_or_path or model_config, got both"),
     "unknown model type": (["--model_config", '{"model_type": "qwen99"}'], "qwen99"),
     "dictionary that is none": (["--model_config", "[1"], "model_config must be a dictionary in JSON"),

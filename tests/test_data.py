@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from fastpo import data
 from fastpo.data import Pair, PreferenceCollator, read_dataset, tokenize_dataset, tokenize_pair
 
 DEMO = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -330,3 +331,15 @@ def test_context_scale_reaches_the_batch(load: Callable[..., Dataset]) -> None:
     rows = load({**PAIR, "context_scale": 2}, {**PAIR, "context_scale": 1})
     assert PreferenceCollator(0)(rows.to_list())["context_scale"].tolist() == [2, 1]
     assert "context_scale" not in PreferenceCollator(0)(load(PAIR).to_list())
+
+
+def test_system_column_and_full_dialogues_beside_a_text_prompt() -> None:
+    turn = {"from": "human", "value": "q"}
+    pair = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    made = data.from_sharegpt({"conversations": [turn], "system": "be brief", **pair})
+    assert made.prompt == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "q"}]
+    with pytest.raises(data.BadRowError, match="'tools' must be empty"):
+        data.from_sharegpt({"conversations": [turn], "tools": "[]x", **pair})
+    user = {"role": "user", "content": "q"}
+    dialogues = {side: [user, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    assert data.from_prompt_pair({"prompt": "q", **dialogues}).prompt == [user]

@@ -264,6 +264,17 @@ class TestEveryImplementation:
         stats = linear_sequence_stats(hidden, weight, labels, bias, cu_seqlens=torch.tensor([0, 1, 2, 3]), impl=impl)
         assert stats.logps.isinf().tolist() == [True, False, True] and stats.entropy.isfinite().all()
 
+    @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")  # numpy's, in the interpreter
+    @pytest.mark.parametrize("with_bias", [False, True])
+    def test_a_nan_stays_a_nan(self, impl: str, with_bias: bool) -> None:
+        """Were it to become -inf, a rejected response would cost nothing and the run would go on."""
+        hidden, weight, bias = self.place(impl, torch.randn(3, 6), torch.randn(90, 6), torch.zeros(90))
+        hidden[1] = torch.nan
+        stats = linear_logps(
+            hidden, weight, torch.tensor([4, 5, 6], device=hidden.device), bias if with_bias else None, impl=impl
+        )
+        assert stats.logps.isnan().tolist() == stats.entropy.isnan().tolist() == [False, True, False]
+
     def test_certain_token_has_log_prob_zero_not_above(self, impl: str) -> None:
         hidden, weight = self.place(impl, torch.full((2, 1), 100.0), torch.linspace(-1, 1, 67)[:, None])
         stats = linear_logps(hidden, weight, torch.tensor([66, 66], device=hidden.device), impl=impl)

@@ -67,6 +67,7 @@ def stats_from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Ten
         ("gemma2", {"final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}),
         ("cohere", {"logit_scale": 0.3}),
         ("granite", {"logits_scaling": 4.0}),
+        ("hyperclovax", {"logits_scaling": 0.25}),
         ("gpt2", {}),
         ("phi", {}),  # its head has a bias
     ],
@@ -246,6 +247,8 @@ def test_compute_metrics_gets_rewards(tmp_path: Path) -> None:
     )  # fmt: skip
     found = trainer.evaluate()
     assert found["eval_own"] == pytest.approx(found["eval_rewards/accuracies"])
+    other = trainer.evaluate(tiny_pairs(5, seed=9))  # raw rows, given late
+    assert other["eval_own"] == pytest.approx(other["eval_rewards/accuracies"])
 
 
 def test_resuming_continues_the_same_curve(tmp_path: Path) -> None:
