@@ -54,8 +54,7 @@ def linear_logps(
     """
     transform = _check_transform(logit_scale, softcap, temperature)
     _check_tensors(hidden, weight, labels, bias)
-    _check_labels(labels, weight.shape[0], ignore_index)
-    keep = labels.reshape(-1) != ignore_index
+    keep = _labelled_rows(labels, weight.shape[0], ignore_index)
     logps, entropy, _, _ = _row_stats(hidden, weight, labels, bias, keep, None, transform, impl)
     return TokenStats(_scatter(logps, keep, labels.shape), _scatter(entropy, keep, labels.shape))
 
@@ -93,8 +92,7 @@ def linear_sequence_stats(
     transform = _check_transform(logit_scale, softcap, temperature)
     _check_tensors(hidden, weight, labels, bias)
     ends = _sequence_ends(hidden, cu_seqlens)
-    _check_labels(labels, weight.shape[0], ignore_index)
-    keep = labels.reshape(-1) != ignore_index
+    keep = _labelled_rows(labels, weight.shape[0], ignore_index)
     # Row counts before each sequence's start: offsets into the labelled rows alone.
     kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
     offsets = kept_before[ends]
@@ -218,12 +216,16 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
             raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {named[name].dtype}")
 
 
-def _check_labels(labels: Tensor, vocab_size: int, ignore_index: int) -> None:
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+def _labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
+    """Mask of the flattened rows that count; raises where such a row's label is outside the vocabulary."""
+    labels = labels.reshape(-1)
+    keep = labels != ignore_index
+    wrong = keep & ((labels < 0) | (labels >= vocab_size))
     if bool(wrong.any()):
         raise ValueError(
             f"labels must lie in [0, {vocab_size}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
         )
+    return keep
 
 
 def _sequence_ends(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:

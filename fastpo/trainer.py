@@ -181,7 +181,7 @@ class PreferenceTrainer(Trainer):
 
     def _stop_at_bad_loss(self, output: LossOutput, index: Tensor) -> None:
         finite = torch.isfinite(output.losses)
-        if bool(finite.all()) and bool(torch.isfinite(output.loss)):
+        if bool(finite.all() & torch.isfinite(output.loss)):  # one wait for the device, not two
             return
         rows = index[~finite].tolist() or index.tolist()
         values = output.losses[~finite].tolist()[:5]

@@ -121,7 +121,7 @@ def _forward(
                 label_slope[tile.rows] = torch.where(inside, at_label, label_slope[tile.rows, None])[:, 0]
                 p.mul_(slope)
             rows = expected[tile.rows].mul_(decay[:, None])
-            mm_into(rows, p if p.dtype == tile.weight.dtype else p.to(tile.weight.dtype), tile.weight, accumulate=True)
+            mm_into(rows, p.to(tile.weight.dtype), tile.weight, accumulate=True)
     log_mass = mass.log()
     logps = (label_logit - peak) - log_mass
     entropy = log_mass - moment / mass
@@ -197,7 +197,7 @@ def _backward(
         grad = _logits_grad_(tile, labels, transform, lse, entropy, g, g_h)
         if d_bias is not None:
             d_bias[tile.cols] += grad.sum(0)
-        grad = grad if grad.dtype == tile.weight.dtype else grad.to(tile.weight.dtype)
+        grad = grad.to(tile.weight.dtype)
         mm_into(d_hidden[tile.rows], grad, tile.weight, accumulate=True)
         if d_weight is not None:
             first, last = tile.rows.start == 0, tile.rows.stop == hidden.shape[0]

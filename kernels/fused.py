@@ -51,7 +51,8 @@ def linear_logps_fused(
     if offsets is None:
         n = hidden.shape[0]
         offsets = torch.arange(0, n + TOKENS_PER_SEGMENT, TOKENS_PER_SEGMENT, device=hidden.device).clamp_(max=n)
-    return _LinearLogps.apply(hidden, weight, labels, bias, transform, offsets)
+    with _device_of(hidden):
+        return _LinearLogps.apply(hidden, weight, labels, bias, transform, offsets)
 
 
 def _gemm_arguments(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _grid(arguments: dict[str, Any]) -> tuple[int]:
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Triton launches on the current device, which need not be the tensors'; in a backward, autograd sees to it."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -117,15 +118,14 @@ class _LinearLogps(torch.autograd.Function):
         arguments = _gemm_arguments(_operand(hidden), _operand(weight), bias, transform)
         tiles = triton.cdiv(weight.shape[0], arguments["BLOCK_V"])
         partials = hidden.new_empty((3, tiles, n), dtype=torch.float32)
-        with _device_of(hidden):
-            linear_logps_fwd_kernel[_grid(arguments)](
-                labels=labels, part_max=partials[0], part_sum=partials[1], part_moment=partials[2],
-                label_logit=label_logit, **arguments,
-            )  # fmt: skip
-            linear_logps_reduce_kernel[(sequences,)](
-                *partials, label_logit, offsets, logps, entropy, lse, seq_logps, seq_entropy, n, tiles,
-                **REDUCE_CONSTEXPRS, num_warps=REDUCE_WARPS,
-            )  # fmt: skip
+        linear_logps_fwd_kernel[_grid(arguments)](
+            labels=labels, part_max=partials[0], part_sum=partials[1], part_moment=partials[2],
+            label_logit=label_logit, **arguments,
+        )  # fmt: skip
+        linear_logps_reduce_kernel[(sequences,)](
+            *partials, label_logit, offsets, logps, entropy, lse, seq_logps, seq_entropy, n, tiles,
+            **REDUCE_CONSTEXPRS, num_warps=REDUCE_WARPS,
+        )  # fmt: skip
         ctx.save_for_backward(hidden, weight, labels, bias, offsets, lse, entropy)
         return logps, entropy, seq_logps, seq_entropy
 
@@ -148,13 +148,12 @@ class _LinearLogps(torch.autograd.Function):
             w = _operand(weight[cols])
             grad = buffer[: n * w.shape[0]].view(n, w.shape[0])
             arguments = _gemm_arguments(operand, w, None if bias is None else bias[cols], ctx.transform)
-            with _device_of(hidden):
-                linear_logps_bwd_kernel[_grid(arguments)](
-                    labels=labels, lse=lse, entropy=entropy, grad_logps=lse if grad_logps is None else grad_logps,
-                    grad_entropy=lse if grad_entropy is None else grad_entropy, grad_x=grad, first_col=first,
-                    stride_gn=grad.stride(0), HAS_LOGPS=grad_logps is not None,
-                    HAS_ENTROPY=grad_entropy is not None, **arguments,
-                )  # fmt: skip
+            linear_logps_bwd_kernel[_grid(arguments)](
+                labels=labels, lse=lse, entropy=entropy, grad_logps=lse if grad_logps is None else grad_logps,
+                grad_entropy=lse if grad_entropy is None else grad_entropy, grad_x=grad, first_col=first,
+                stride_gn=grad.stride(0), HAS_LOGPS=grad_logps is not None,
+                HAS_ENTROPY=grad_entropy is not None, **arguments,
+            )  # fmt: skip
             if d_hidden is not None:
                 mm_into(d_hidden, grad, w, accumulate=True)
             if d_weight is not None:
