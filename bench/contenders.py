@@ -1,78 +1,108 @@
-"""The contenders of the head benchmark: forward + backward of token log-probs through a frozen LM head, in fp32.
+"""Who is compared: fastpo in each of its modes, the peers and the bare matrix products, by name."""
 
-``python -m bench.contenders NAME TOKENS HIDDEN VOCAB`` runs one, alone in its process, and prints one JSON line.
-"""
-
-import json
-import sys
-import time
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastpo import linear_logps
-from fastpo.memory import peak_bytes_of
+import fastpo
+from bench.contender import BareGemm, CompiledEager, Contender, Eager, Outcome
+from bench.peers import (
+    CutCrossEntropy,
+    LigerChunkedDpo,
+    LigerLinearCrossEntropy,
+    TorchLinearCrossEntropy,
+    TrlFusedHead,
+)
+from bench.problem import BETA, IGNORE, WORKS, Problem
 
-SLICE = 2048
-
-
-def two_gemm_units(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """The least that any frozen-head method must multiply: hidden @ weight.T and its transpose product."""
-    tile = torch.empty(hidden.shape[0], SLICE)
-    out = torch.zeros_like(hidden)
-    with torch.no_grad():
-        for first in range(0, weight.shape[0], SLICE):
-            w = weight[first : first + SLICE]
-            product = tile[:, : w.shape[0]]
-            torch.mm(hidden, w.t(), out=product)
-            out.addmm_(product, w)
+FROZEN_WORKS = ("frozen", "dpo_frozen")
+TRAINABLE_WORKS = ("trainable", "dpo_trainable")
 
 
-def fastpo_chunked(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    stats = linear_logps(hidden, weight, labels, impl="chunked")  # the entropy comes along
-    stats.logps.sum().backward()
+class Fastpo(Contender):
+    """fastpo in one mode; `share` is the part of the rows whose probabilities the stash has room for."""
+
+    package = "fastpo"
+    entropy = True
+    fp32_statistics = True
+
+    def __init__(
+        self, mode: str, works: tuple[str, ...] = WORKS, *, share: float = 0, skip_mass: float = 0, impl: str = "auto"
+    ) -> None:
+        self.mode, self.works, self.share, self.skip_mass, self.impl = mode, works, share, skip_mass, impl
+
+    def unavailable(self, device: torch.device) -> str | None:
+        wanted = {"memory_budget"} if self.share else {"skip_mass"} if self.skip_mass else set()
+        absent = wanted - inspect.signature(fastpo.linear_logps).parameters.keys()
+        if absent:
+            return f"this fastpo has no {', '.join(sorted(absent))}"
+        return "a second implementation for a GPU" if self.impl != "auto" and device.type == "cpu" else None
+
+    def _call(self, function: Callable[..., Any], problem: Problem, *tensors: Tensor, **keywords: Any) -> Any:
+        rows = int((problem.labels != IGNORE).sum()) if self.share else 0
+        wanted = {
+            "impl": self.impl,
+            "mode": self.mode,
+            "skip_mass": self.skip_mass,
+            "memory_budget": int(self.share * rows * problem.spec.vocab * 2) or None,
+        }
+        supported = inspect.signature(function).parameters
+        return function(*tensors, **{k: v for k, v in wanted.items() if v and k in supported}, **keywords)
+
+    def token_outcome(self, problem: Problem) -> Outcome:
+        stats = self._call(fastpo.linear_logps, problem, problem.hidden, problem.weight, problem.labels)
+        logps, entropy = stats
+        if problem.spec.completion_fraction == 1:
+            return Outcome(-logps.sum(), logps.flatten(), entropy.flatten())
+        keep = problem.labels != IGNORE
+        return Outcome(-logps.sum(), logps[keep], entropy[keep])
+
+    def step_loss(self, problem: Problem) -> Tensor:
+        hidden, reference, weight, labels = problem.hidden, problem.reference, problem.weight, problem.labels
+        joint = getattr(fastpo, "joint_linear_sequence_stats", None)
+        if joint is not None:
+            policy, ref, *_ = self._call(joint, problem, hidden, reference, weight, labels)
+        else:
+            with torch.no_grad():
+                ref = fastpo.linear_sequence_stats(reference, weight, labels)
+            policy = self._call(fastpo.linear_sequence_stats, problem, hidden, weight, labels)
+        chosen, rejected = _halves(policy)
+        ref_chosen, ref_rejected = _halves(ref)
+        config = fastpo.PreferenceConfig(beta=BETA)
+        loss: Tensor = fastpo.preference_loss(
+            chosen, rejected, config, ref_chosen=ref_chosen, ref_rejected=ref_rejected
+        ).loss
+        return loss
+
+    def sequence_logps(self, problem: Problem) -> Tensor | None:
+        stats = self._call(fastpo.linear_sequence_stats, problem, problem.hidden, problem.weight, problem.labels)
+        result: Tensor = stats.logps
+        return result
 
 
-def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-    F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options).backward()
+def _halves(stats: fastpo.SequenceStats) -> tuple[fastpo.SequenceStats, fastpo.SequenceStats]:
+    pairs = [field.chunk(2) for field in stats]
+    return fastpo.SequenceStats(*(a for a, _ in pairs)), fastpo.SequenceStats(*(b for _, b in pairs))
 
 
-def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    """Full logits, log-probs only."""
-    logps = torch.log_softmax(hidden @ weight.t(), dim=-1).gather(-1, labels[:, None])
-    logps.sum().backward()
-
-
-CONTENDERS = {
-    "two bare GEMM units": two_gemm_units,
-    "fastpo chunked, with entropy": fastpo_chunked,
-    "torch linear_cross_entropy, 256-row chunks": torch_linear_cross_entropy,
-    "eager full logits": eager,
+CONTENDERS: dict[str, Contender] = {
+    "bare GEMM": BareGemm(),
+    "fastpo no_grad": Fastpo("no_grad", ("forward",)),
+    "fastpo frozen": Fastpo("frozen", FROZEN_WORKS),
+    "fastpo lean": Fastpo("lean", TRAINABLE_WORKS),
+    "fastpo stash": Fastpo("stash", TRAINABLE_WORKS, share=0.5),
+    "fastpo skip 1e-3": Fastpo("auto", TRAINABLE_WORKS, skip_mass=1e-3),
+    "fastpo chunked": Fastpo("auto", WORKS, impl="chunked"),
+    "torch linear_cross_entropy": TorchLinearCrossEntropy(),
+    "TRL fused head": TrlFusedHead(),
+    "Liger linear_cross_entropy": LigerLinearCrossEntropy(),
+    "Liger chunked DPO": LigerChunkedDpo(),
+    "Apple CCE": CutCrossEntropy(),
+    "Apple CCE, no filter": CutCrossEntropy(exact=True),
+    "eager": Eager(),
+    "eager with entropy": Eager(entropy=True),
+    "eager, torch.compile": CompiledEager(),
 }
-
-
-def main() -> None:
-    name, tokens, hidden_size, vocab_size = sys.argv[1], *(int(n) for n in sys.argv[2:5])
-    torch.manual_seed(0)
-    hidden = torch.randn(tokens, hidden_size)
-    weight = torch.randn(vocab_size, hidden_size).mul_(hidden_size**-0.5)
-    labels = torch.randint(0, vocab_size, (tokens,))
-    hidden.requires_grad_()
-    seconds = []
-
-    def work() -> None:
-        hidden.grad = None
-        start = time.perf_counter()
-        CONTENDERS[name](hidden, weight, labels)
-        seconds.append(time.perf_counter() - start)
-
-    peak = peak_bytes_of(work, hidden.device)
-    work()
-    row = {"first_seconds": seconds[0], "second_seconds": seconds[1], "extra_bytes": peak - hidden.numel() * 4}
-    print(json.dumps(row))
-
-
-if __name__ == "__main__":
-    main()

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastpo.config import PreferenceConfig
 from fastpo.losses import preference_loss
-from fastpo.ops import linear_logps, linear_sequence_stats
-from fastpo.types import LossOutput, PreferenceBatch, SequenceStats, TokenStats
+from fastpo.ops import joint_linear_logps, joint_linear_sequence_stats, linear_logps, linear_sequence_stats
+from fastpo.types import JointStats, LossOutput, PreferenceBatch, SequenceStats, TokenStats
 
 if TYPE_CHECKING:
     from fastpo.arguments import PreferenceTrainingArguments
@@ -21,6 +21,7 @@ _TRAINER_SIDE = {
 }
 
 __all__ = [
+    "JointStats",
     "LossOutput",
     "PreferenceBatch",
     "PreferenceCollator",
@@ -29,6 +30,8 @@ __all__ = [
     "PreferenceTrainingArguments",
     "SequenceStats",
     "TokenStats",
+    "joint_linear_logps",
+    "joint_linear_sequence_stats",
     "linear_logps",
     "linear_sequence_stats",
     "preference_loss",

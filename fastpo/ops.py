@@ -1,20 +1,48 @@
-"""`linear_logps` and `linear_sequence_stats`: validate, keep the labelled rows, choose an implementation, call it."""
+"""`linear_logps`, `linear_sequence_stats` and their joint forms: validate, plan, call the op."""
 
 import importlib.util
 import math
-from typing import Literal
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from fastpo.kernels.chunked import linear_logps_chunked
-from fastpo.kernels.tiles import LogitTransform
-from fastpo.reference import linear_logps_reference
-from fastpo.types import SequenceStats, TokenStats
+from fastpo.kernels.autograd import Plan, Statistics, check_values, linear_statistics
+from fastpo.kernels.tiles import LogitTransform, segment_sum
+from fastpo.reference import linear_kl_reference, linear_logps_reference
+from fastpo.types import JointStats, SequenceStats, TokenStats
 
 Impl = Literal["auto", "fused", "chunked", "reference"]
+Mode = Literal["auto", "no_grad", "frozen", "lean", "stash"]
 IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
+MODES = ("auto", "no_grad", "frozen", "lean", "stash")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Options(NamedTuple):
+    """The keywords that every function here takes."""
+
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    impl: Impl = "auto"
+    mode: Mode = "auto"
+    memory_budget: int | None = None
+    skip_mass: float = 0.0
+    vocab_order: Tensor | None = None
+
+
+class HeadOptions(TypedDict, total=False):
+    """Keywords of the joint functions, as in `linear_logps`."""
+
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    impl: Impl
+    mode: Mode
+    memory_budget: int | None
 
 
 def linear_logps(
@@ -28,6 +56,10 @@ def linear_logps(
     softcap: float | None = None,
     temperature: float = 1.0,
     impl: Impl = "auto",
+    mode: Mode = "auto",
+    memory_budget: int | None = None,
+    skip_mass: float = 0.0,
+    vocab_order: Tensor | None = None,
 ) -> TokenStats:
     """Per-token log-probability of the label and entropy over the vocabulary, without logits in memory.
 
@@ -43,20 +75,39 @@ def linear_logps(
         logit_scale, softcap, temperature: as above; softcap and temperature > 0.
         impl: "fused" (Triton), "chunked" (plain PyTorch tiles), "reference" (eager, full logits), or "auto": fused on
             a GPU, else chunked. An implementation asked for by name never falls back to another.
+        mode: how the gradient is computed. One GEMM unit is 2 N D V operations.
+            "no_grad": 1 unit; the result is detached.
+            "frozen": 2 units; for hidden alone. The gradient of the log-probs is ready after the forward, which keeps
+                an fp32 (N, D) tensor; one that reaches the entropy is recomputed, 2 further units.
+            "lean": 4 units (3 without weight's gradient); the backward recomputes the logits by tiles.
+            "stash": 3 units (2 without weight's gradient) on the rows whose V exponentials, in hidden's dtype, fit
+                `memory_budget`; the rest as lean.
+            "auto": no_grad where nothing wants a gradient, frozen where only hidden does, else stash where a
+                `memory_budget` is given, else lean.
+        memory_budget: bytes that may be kept from forward to backward for "stash".
+        skip_mass: tau in [0, 1). Above 0, the backward leaves out blocks of the vocabulary in which a row has a
+            softmax mass of at most tau in all; the forward's results stay exact. With g the gradient of the row's
+            log-prob and gain = logit_scale / temperature, the error of hidden's gradient is at most
+            gain * |g| * tau * max_v |weight_v| in that row, and that of weight's gradient, summed over its rows'
+            norms, gain * tau * sum_t |g_t| |hidden_t|; where the entropy carries a gradient g_H too, read |g| as
+            |g| + |g_H| (log(V / tau) + entropy). "auto" is then lean. 0: exact.
+        vocab_order: (V,) int64 permutation of the vocabulary, say by falling frequency, in which `skip_mass` forms
+            its blocks: the more the likely tokens lie together, the more is left out. Not read for skip_mass = 0.
 
     Returns:
         TokenStats(logps (...), entropy (...)) in nats, fp32 (float64 for float64 inputs); both differentiable once in
         hidden, weight and bias (any number of times with "reference").
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or range, or a label is outside [0, V).
+        TypeError, ValueError: an argument has the wrong dtype, shape or range, a label is outside [0, V) (under
+            CUDA-graph capture its result is NaN instead), or the mode cannot give the gradients that are wanted.
         RuntimeError: the implementation asked for cannot run here.
     """
-    transform = _check_transform(logit_scale, softcap, temperature)
-    _check_tensors(hidden, weight, labels, bias)
-    keep = _labelled_rows(labels, weight.shape[0], ignore_index)
-    logps, entropy, _, _ = _row_stats(hidden, weight, labels, bias, keep, None, transform, impl)
-    return TokenStats(_scatter(logps, keep, labels.shape), _scatter(entropy, keep, labels.shape))
+    options = _Options(
+        ignore_index, logit_scale, softcap, temperature, impl, mode, memory_budget, skip_mass, vocab_order
+    )
+    stats = _statistics(hidden, None, weight, labels, bias, None, False, options)
+    return TokenStats(stats.logps.view(labels.shape), stats.entropy.view(labels.shape))
 
 
 def linear_sequence_stats(
@@ -71,6 +122,10 @@ def linear_sequence_stats(
     softcap: float | None = None,
     temperature: float = 1.0,
     impl: Impl = "auto",
+    mode: Mode = "auto",
+    memory_budget: int | None = None,
+    skip_mass: float = 0.0,
+    vocab_order: Tensor | None = None,
 ) -> SequenceStats:
     """Summed log-probability, length and mean entropy of each sequence, without logits in memory.
 
@@ -81,7 +136,7 @@ def linear_sequence_stats(
         bias: (V,) or None.
         cu_seqlens: (B+1,) integer, 0 first and N last, not decreasing: sequence i is rows cu_seqlens[i] to
             cu_seqlens[i+1].
-        ignore_index, logit_scale, softcap, temperature, impl: as in `linear_logps`.
+        ignore_index and all that follow: as in `linear_logps`.
 
     Returns:
         SequenceStats(logps (B,), lengths (B,) int64, entropy (B,)); an empty sequence gives 0, 0, 0.
@@ -89,83 +144,172 @@ def linear_sequence_stats(
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_logps`.
     """
-    transform = _check_transform(logit_scale, softcap, temperature)
-    _check_tensors(hidden, weight, labels, bias)
+    options = _Options(
+        ignore_index, logit_scale, softcap, temperature, impl, mode, memory_budget, skip_mass, vocab_order
+    )
     ends = _sequence_ends(hidden, cu_seqlens)
-    keep = _labelled_rows(labels, weight.shape[0], ignore_index)
-    # Row counts before each sequence's start: offsets into the labelled rows alone.
-    kept_before = torch.nn.functional.pad(keep.cumsum(0), (1, 0))
-    offsets = kept_before[ends]
-    lengths = offsets.diff()
-    _, _, logps, entropy = _row_stats(hidden, weight, labels, bias, keep, offsets, transform, impl)
+    stats = _statistics(hidden, None, weight, labels, bias, ends, False, options)
+    return _sequences(stats.seq_logps, stats.seq_entropy, _lengths(labels, ends, ignore_index))
+
+
+def joint_linear_logps(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    kl: bool = False,
+    **options: Unpack[HeadOptions],
+) -> JointStats[TokenStats]:
+    """`linear_logps` of a policy and of its reference in one pass, for models that share one LM head.
+
+    Args:
+        hidden: (..., D) of the policy.
+        ref_hidden: (..., D) of the reference on the same tokens; a constant, as is all that comes from it.
+        weight, labels, bias: as in `linear_logps`.
+        kl: also compute KL(policy || reference) over the vocabulary at each token, exactly.
+        **options: as in `linear_logps`; there is no skipping here.
+
+    Returns:
+        JointStats(policy, reference: TokenStats, kl (...) or None).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `linear_logps`.
+    """
+    chosen = _Options(**options)
+    stats = _statistics(hidden, ref_hidden, weight, labels, bias, None, kl, chosen)
+    policy, reference, divergence = (
+        [x.view(labels.shape) for x in group]
+        for group in ((stats.logps, stats.entropy), (stats.ref_logps, stats.ref_entropy), (stats.kl,) * kl)
+    )
+    return JointStats(TokenStats(*policy), TokenStats(*reference), divergence[0] if kl else None)
+
+
+def joint_linear_sequence_stats(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    kl: bool = False,
+    **options: Unpack[HeadOptions],
+) -> JointStats[SequenceStats]:
+    """`linear_sequence_stats` of a policy and of its reference in one pass, for models that share one LM head.
+
+    Args:
+        hidden, weight, labels, bias, cu_seqlens: as in `linear_sequence_stats`.
+        ref_hidden, kl, **options: as in `joint_linear_logps`.
+
+    Returns:
+        JointStats(policy, reference: SequenceStats, kl (B,) summed over each sequence, or None).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `linear_logps`.
+    """
+    chosen = _Options(**options)
+    ends = _sequence_ends(hidden, cu_seqlens)
+    stats = _statistics(hidden, ref_hidden, weight, labels, bias, ends, kl, chosen)
+    lengths = _lengths(labels, ends, chosen.ignore_index)
+    policy = _sequences(stats.seq_logps, stats.seq_entropy, lengths)
+    return JointStats(
+        policy, _sequences(stats.ref_seq_logps, stats.ref_seq_entropy, lengths), stats.seq_kl if kl else None
+    )
+
+
+def _lengths(labels: Tensor, ends: Tensor, ignore_index: int) -> Tensor:
+    counted_before = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
+    return counted_before[ends].diff()
+
+
+def _sequences(logps: Tensor, entropy: Tensor, lengths: Tensor) -> SequenceStats:
     return SequenceStats(logps, lengths, entropy / lengths.clamp(min=1).to(entropy.dtype))
 
 
-def _row_stats(
+def _statistics(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ends: Tensor | None,
+    kl: bool,
+    options: _Options,
+) -> Statistics:
+    transform = _check_options(options)
+    _check_tensors(hidden, ref_hidden, weight, labels, bias, options.vocab_order)
+    impl = _choose_impl(options.impl, hidden)
+    mode = _choose_mode(options, impl, hidden, weight, bias)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    ref_rows = None if ref_hidden is None else ref_hidden.detach().reshape(rows.shape)
+    rows, ref_rows, weight, bias = _autocast(rows, ref_rows, weight, bias)
+    order = options.vocab_order if options.skip_mass > 0 else None
+    inputs = (rows, weight, labels.reshape(-1), bias, ref_rows, ends)
+    with torch.autocast(rows.device.type, enabled=False), torch.set_grad_enabled(
+        torch.is_grad_enabled() and mode != "no_grad"
+    ):
+        if impl == "reference":
+            return _reference_statistics(*inputs, transform, options.ignore_index, kl)
+        plan = Plan(
+            *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
+            static=torch.compiler.is_compiling(),
+        )  # fmt: skip
+        return linear_statistics(*inputs, order, plan)
+
+
+def _reference_statistics(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    keep: Tensor,
-    offsets: Tensor | None,
+    ref_hidden: Tensor | None,
+    ends: Tensor | None,
     transform: LogitTransform,
-    impl: Impl,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logps and entropy of the kept rows (K,), and their sums between offsets (empty without offsets)."""
-    impl = _choose(impl, hidden)
-    rows, row_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if not bool(keep.all()):
-        rows, row_labels = rows[keep], row_labels[keep]
-    rows, weight, bias = _autocast(rows, weight, bias)
-    if rows.shape[0] == 0:
-        # Nothing to project; the products keep the result attached to the graph with zero gradients.
-        empty = (rows.sum(-1) * weight[0, 0] * (1 if bias is None else bias[0])).to(_stats_dtype(rows))
-        sums = empty.sum() + empty.new_zeros(0 if offsets is None else offsets.shape[0] - 1)
-        return empty, empty, sums, sums
-    with torch.autocast(rows.device.type, enabled=False):
-        if impl == "fused":
-            from fastpo.kernels import fused
+    ignore_index: int,
+    kl: bool,
+) -> Statistics:
+    """The eager oracle, on the rows that count."""
+    check_values(labels, ends, None, weight.shape[0], ignore_index)
+    keep = labels != ignore_index
+    logit_options = {"logit_scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+    none = hidden.new_empty(0)
 
-            return fused.linear_logps_fused(rows, weight, row_labels, bias, transform, offsets)
-        if impl == "chunked":
-            logps, entropy = linear_logps_chunked(rows, weight, row_labels, bias, transform)
-        else:
-            logps, entropy = linear_logps_reference(
-                rows, weight, row_labels, bias,
-                logit_scale=transform.scale, softcap=transform.softcap, temperature=transform.temperature,
-            )  # fmt: skip
-    return logps, entropy, _segment_sum(logps, offsets), _segment_sum(entropy, offsets)
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(labels.shape).masked_scatter(keep, values)
 
+    def both(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        tokens = [spread(s) for s in linear_logps_reference(x[keep], weight, labels[keep], bias, **logit_options)]
+        sums = [none if ends is None else segment_sum(s, ends) for s in tokens]
+        return tokens[0], tokens[1], sums[0], sums[1]
 
-def _segment_sum(values: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is None:
-        return values.new_empty(0)
-    # Thousands of nats: fp32 partial sums would round away what the tokens are exact to.
-    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
+    logps, entropy, seq_logps, seq_entropy = both(hidden)
+    reference = (none,) * 4 if ref_hidden is None else both(ref_hidden.detach())
+    divergence = seq_divergence = none
+    if kl:
+        assert ref_hidden is not None
+        divergence = spread(linear_kl_reference(hidden[keep], ref_hidden[keep], weight, bias, **logit_options))
+        seq_divergence = none if ends is None else segment_sum(divergence, ends)
+    constants = [x.detach() for x in reference]
+    return Statistics(
+        logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *constants, *[none] * 6
+    )
 
 
-def _scatter(values: Tensor, keep: Tensor, shape: torch.Size) -> Tensor:
-    if values.shape[0] == keep.shape[0]:
-        return values.view(shape)
-    return values.new_zeros(keep.shape).masked_scatter(keep, values).view(shape)
-
-
-def _stats_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _autocast(
+    hidden: Tensor, ref_hidden: Tensor | None, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Under autocast, the operands that `torch.nn.functional.linear` would multiply there."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
+        return hidden, ref_hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    rest = (None if x is None else x.to(dtype) for x in (ref_hidden, bias))
+    return hidden.to(dtype), next(rest), weight.to(dtype), next(rest)
 
 
-def _choose(impl: Impl, hidden: Tensor) -> Impl:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+def _choose_impl(impl: Impl, hidden: Tensor) -> Impl:
     double = hidden.dtype == torch.float64
     has_triton = importlib.util.find_spec("triton") is not None
     if impl == "auto":
@@ -182,17 +326,60 @@ def _choose(impl: Impl, hidden: Tensor) -> Impl:
     return impl
 
 
-def _check_transform(logit_scale: float, softcap: float | None, temperature: float) -> LogitTransform:
+def _choose_mode(options: _Options, impl: Impl, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Mode:
+    mode, skips = options.mode, options.skip_mass > 0
+    wants_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if impl == "reference" and (mode not in ("auto", "no_grad") or skips):
+        raise ValueError(f"impl='reference' knows no mode and no skip_mass, got mode={mode!r}, skip_mass={skips}")
+    if mode == "auto":
+        if not torch.is_grad_enabled() or not (wants_head or hidden.requires_grad):
+            return "no_grad"
+        if skips:
+            return "lean"
+        if not wants_head:
+            return "frozen"
+        return "lean" if options.memory_budget is None else "stash"
+    if mode == "frozen" and wants_head and torch.is_grad_enabled():
+        raise ValueError("mode='frozen' gives no gradient to weight and bias, of which one requires it")
+    return mode
+
+
+def _check_options(options: _Options) -> LogitTransform:
+    _, scale, softcap, temperature, impl, mode, budget, skip_mass, _ = options
     for name, value in (("softcap", softcap), ("temperature", temperature)):
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be > 0 and finite, got {value!r}")
-    if not math.isfinite(logit_scale):
-        raise ValueError(f"logit_scale must be finite, got {logit_scale!r}")
-    return LogitTransform(float(logit_scale), softcap, float(temperature))
+    if not math.isfinite(scale):
+        raise ValueError(f"logit_scale must be finite, got {scale!r}")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
+        raise ValueError(f"memory_budget must be a whole number of bytes >= 0, got {budget!r}")
+    if mode == "stash" and budget is None:
+        raise ValueError("mode='stash' needs memory_budget, the bytes that it may keep; got None")
+    if not 0 <= skip_mass < 1:
+        raise ValueError(f"skip_mass must lie in [0, 1), got {skip_mass!r}")
+    if skip_mass > 0 and (mode in ("frozen", "stash") or budget is not None):
+        raise ValueError(
+            f"skip_mass recomputes what it does not skip: it goes with mode='lean' and no memory_budget, "
+            f"got mode={mode!r}, memory_budget={budget!r}"
+        )
+    return LogitTransform(float(scale), None if softcap is None else float(softcap), float(temperature))
 
 
-def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    named = {"hidden": hidden, "weight": weight, "labels": labels, **({} if bias is None else {"bias": bias})}
+def _check_tensors(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    vocab_order: Tensor | None,
+) -> None:
+    named = {"hidden": hidden, "weight": weight, "labels": labels}
+    optional = {"ref_hidden": ref_hidden, "bias": bias, "vocab_order": vocab_order}
+    named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
@@ -200,39 +387,31 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
             raise ValueError(f"{name} must be on hidden's device {hidden.device}, got {tensor.device}")
     if hidden.dtype not in DTYPES:
         raise TypeError(f"hidden must be float64, float32, float16 or bfloat16, got {hidden.dtype}")
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels must be int64, got {labels.dtype}")
+    for name in ("labels", "vocab_order"):
+        if name in named and named[name].dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {named[name].dtype}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden must have shape (..., D) with at least 2 dimensions, got {tuple(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
         raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must have shape {tuple(hidden.shape[:-1])}, got {tuple(labels.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    vocab_size = weight.shape[0]
+    expected = {"labels": hidden.shape[:-1], "ref_hidden": hidden.shape, "bias": (vocab_size,), "vocab_order": (vocab_size,)}
+    for name, shape in expected.items():
+        if name in named and named[name].shape != shape:
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(named[name].shape)}")
     autocast = torch.is_autocast_enabled(hidden.device.type)  # then all are cast to one dtype
-    for name in ("weight", "bias"):
+    for name in ("ref_hidden", "weight", "bias"):
         if name in named and named[name].dtype != hidden.dtype and not autocast:
             raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {named[name].dtype}")
 
 
-def _labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int) -> Tensor:
-    """Mask of the flattened rows that count; raises where such a row's label is outside the vocabulary."""
-    labels = labels.reshape(-1)
-    keep = labels != ignore_index
-    wrong = keep & ((labels < 0) | (labels >= vocab_size))
-    if bool(wrong.any()):
-        raise ValueError(
-            f"labels must lie in [0, {vocab_size}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
-        )
-    return keep
-
-
 def _sequence_ends(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """(B+1,) int64 boundaries of the sequences in the flattened rows."""
+    """(B+1,) int64 boundaries of the sequences in the flattened rows; the op checks their values."""
     if cu_seqlens is None:
-        if hidden.dim() != 3:
-            raise ValueError(f"hidden must have shape (B, T, D) without cu_seqlens, got {tuple(hidden.shape)}")
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            raise ValueError(
+                f"hidden must have shape (B, T, D) without cu_seqlens, got {tuple(getattr(hidden, 'shape', ()))}"
+            )
         batch, length = hidden.shape[:2]
         return torch.arange(batch + 1, device=hidden.device) * length
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
@@ -242,9 +421,4 @@ def _sequence_ends(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
             f"cu_seqlens must have shape (B+1,) and hidden (N, D), got {tuple(cu_seqlens.shape)} and "
             f"{tuple(hidden.shape)}"
         )
-    ends = cu_seqlens.to(device=hidden.device, dtype=torch.int64)
-    if int(ends[0]) != 0 or int(ends[-1]) != hidden.shape[0] or bool((ends.diff() < 0).any()):
-        raise ValueError(
-            f"cu_seqlens must start at 0, not decrease and end at N = {hidden.shape[0]}, got {cu_seqlens.tolist()}"
-        )
-    return ends
+    return cu_seqlens.to(device=hidden.device, dtype=torch.int64)

@@ -23,6 +23,42 @@ def linear_logps_reference(
         bias: (V,) or None.
         logit_scale, softcap, temperature: as in `fastpo.linear_logps`.
     """
+    log_probs = _log_probs(hidden, weight, bias, logit_scale, softcap, temperature)
+    logps = log_probs.gather(-1, labels[:, None])[:, 0]
+    # 0 log 0 = 0; the inner where keeps the gradient of the branch not taken finite.
+    possible = log_probs != -torch.inf
+    surprise = torch.where(possible, -log_probs, 0)
+    return logps, (torch.where(possible, log_probs, -torch.inf).exp() * surprise).sum(-1)
+
+
+def linear_kl_reference(
+    hidden: Tensor,
+    ref_hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """KL(policy || reference) over the vocabulary (N,), in nats, from full logits; arguments as above."""
+    log_p = _log_probs(hidden, weight, bias, logit_scale, softcap, temperature)
+    log_q = _log_probs(ref_hidden, weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap,
+                       temperature)
+    possible = log_p != -torch.inf
+    ratio = torch.where(possible, log_p - torch.where(possible, log_q, 0), 0)
+    return (torch.where(possible, log_p, -torch.inf).exp() * ratio).sum(-1)
+
+
+def _log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """(N, V) log-softmax of the logits."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
@@ -30,9 +66,4 @@ def linear_logps_reference(
     logits = logit_scale * logits
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    log_probs = torch.log_softmax(logits / temperature, dim=-1)
-    logps = log_probs.gather(-1, labels[:, None])[:, 0]
-    # 0 log 0 = 0; the inner where keeps the gradient of the branch not taken finite.
-    possible = log_probs != -torch.inf
-    surprise = torch.where(possible, -log_probs, 0)
-    return logps, (torch.where(possible, log_probs, -torch.inf).exp() * surprise).sum(-1)
+    return torch.log_softmax(logits / temperature, dim=-1)

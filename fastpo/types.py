@@ -1,6 +1,6 @@
 """The tensors that travel between the layers. A leaf: it imports nothing of ours."""
 
-from typing import NamedTuple, NotRequired, TypedDict
+from typing import Generic, NamedTuple, NotRequired, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -29,6 +29,24 @@ class SequenceStats(NamedTuple):
     logps: Tensor
     lengths: Tensor
     entropy: Tensor
+
+
+Stats = TypeVar("Stats", TokenStats, SequenceStats)
+
+
+class JointStats(NamedTuple, Generic[Stats]):
+    """Policy and reference from one pass over one LM head.
+
+    Attributes:
+        policy: the policy's statistics, differentiable.
+        reference: the reference's, constants.
+        kl: KL(policy || reference) over the vocabulary, in nats and differentiable, of each token (shaped as the
+            labels) or summed over each sequence (B,); None where it was not asked for.
+    """
+
+    policy: Stats
+    reference: Stats
+    kl: Tensor | None
 
 
 class PreferenceBatch(TypedDict):

@@ -1,239 +1,360 @@
 """Token statistics in plain PyTorch: GEMM tiles and an online softmax; the logits never exist whole.
 
-Two ways to a gradient. Where only the hidden states need one (a frozen LM head), the forward also accumulates
+Three ways to a gradient. Where only the hidden states need one (a frozen LM head), the forward also accumulates
 E_t = sum_v p_tv W_v, so that d logp_t / d h_t = W[y_t] - E_t is at hand and the backward is a row scale: two GEMM
-units in all. Otherwise, and for the entropy's gradient, the backward recomputes each tile from the saved
-log-sum-exp.
+units in all. Otherwise the backward needs the logits once more: it recomputes each tile from the saved log-sum-exp
+(four units with a trainable head), or reads exp(z - m) where the forward has stashed it (three).
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpo.kernels.tiles import LogitTransform, accumulator_dtype, mm_into, refuse_double_backward, upcast
+from fastpo.kernels.tiles import (
+    Answer,
+    Gradients,
+    LogitTransform,
+    Needs,
+    Problem,
+    RowStats,
+    Stash,
+    accumulator_dtype,
+    add_label_rows_,
+    mm_into,
+    segment_sum,
+    upcast,
+)
 
 # Elements of one logits tile. CPU: two tiles of 16 MB stay near the cache, and GEMMs of this size run at full speed.
 CPU_TILE, CUDA_TILE = 1 << 22, 1 << 25
 MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MAX_COLS = 8192
-# Stands for "no logit seen yet": finite, so that differences of two of them are 0 rather than NaN.
+# Columns in a block of certified skipping; tiles are multiples of it.
+BLOCK = 256
+# Stands for -inf and for "no logit seen yet": finite, so that differences of two of them are 0 rather than NaN.
 LOWEST = -1e30
 LOG2E = math.log2(math.e)
-
-
-def linear_logps_chunked(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the labels and entropies of N rows, tile by tile.
-
-    Args:
-        hidden: (N, D).
-        weight: (V, D), hidden's dtype.
-        labels: (N,) int64, all in [0, V).
-        bias: (V,) or None.
-        transform: from raw projections to logits.
-
-    Returns:
-        logps (N,), entropy (N,): fp32, or float64 for float64 inputs; differentiable once.
-    """
-    return _LinearLogps.apply(hidden, weight, labels, bias, transform)
 
 
 class _Tile(NamedTuple):
     rows: slice
     cols: slice
+    index: int  # which column tile
     weight: Tensor  # (C, D) the slice of the LM head, upcast where the device needs it
     bias: Tensor | None  # (C,)
-    hidden: Tensor  # (R, D)
-    logits: Tensor  # (R, C) buffer, to be overwritten
-    spare: Tensor  # (R, C) buffer
+    buffers: Tensor  # (2 to 4, R, C), to be overwritten
 
 
-def _tiles(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[_Tile]:
-    """Walk the (N, V) plane, vocabulary outside, so that a slice of the head is read (and upcast) once."""
-    n, v = hidden.shape[0], weight.shape[0]
+def _tiles(problem: Problem, *, buffers: int, split: int = 0) -> Iterator[_Tile]:
+    """Walk the (N, V) plane, vocabulary outside, so that a slice of the head is read (and upcast) once.
+
+    No tile has rows on both sides of row `split`.
+    """
+    hidden, n, v = problem.hidden, problem.hidden.shape[0], problem.weight.shape[0]
     dtype = accumulator_dtype(hidden.dtype)
-    rows = min(n, MAX_ROWS.get(hidden.device.type, MAX_ROWS["cuda"]))
-    cols = min(v, MAX_COLS, max(256, (CUDA_TILE if hidden.is_cuda else CPU_TILE) // max(rows, 1)))
-    buffers = torch.empty(2, rows * cols, dtype=dtype, device=hidden.device)
-    for v0 in range(0, v, cols):
+    rows, cols = _tile_shape(problem)
+    starts = sorted({*range(0, split, rows), *range(split, n, rows)})
+    space = torch.empty(buffers, rows * cols, dtype=dtype, device=hidden.device)
+    for index, v0 in enumerate(range(0, v, cols)):
         col = slice(v0, min(v0 + cols, v))
         width = col.stop - col.start
-        w = upcast(weight[col], dtype)
-        b = None if bias is None else bias[col].to(dtype)
-        for n0 in range(0, n, rows):
-            row = slice(n0, min(n0 + rows, n))
-            height = row.stop - row.start
-            logits, spare = buffers[:, : height * width].view(2, height, width)
-            yield _Tile(row, col, w, b, upcast(hidden[row], dtype), logits, spare)
+        weight, bias = problem.head(col)
+        weight, bias = upcast(weight, dtype), None if bias is None else bias.to(dtype)
+        for n0, n1 in zip(starts, [*starts[1:], n], strict=True):
+            tile = space[:, : (n1 - n0) * width].view(buffers, n1 - n0, width)
+            yield _Tile(slice(n0, n1), col, index, weight, bias, tile)
 
 
-def _logits_(tile: _Tile, transform: LogitTransform) -> Tensor:
-    """Fill the tile's buffer with logits."""
-    mm_into(tile.logits, tile.hidden, tile.weight.t())
-    if tile.bias is not None:
-        tile.logits.add_(tile.bias)
-    return transform.apply_(tile.logits)
+def _tile_shape(problem: Problem) -> tuple[int, int]:
+    n, v = problem.hidden.shape[0], problem.weight.shape[0]
+    on_gpu = problem.hidden.is_cuda
+    rows = min(n, MAX_ROWS["cuda" if on_gpu else "cpu"])
+    cols = max(BLOCK, (CUDA_TILE if on_gpu else CPU_TILE) // rows // BLOCK * BLOCK)
+    return rows, min(v, MAX_COLS, cols)
 
 
-def _label_columns(labels: Tensor, tile: _Tile) -> tuple[Tensor, Tensor]:
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, out: Tensor) -> Tensor:
+    mm_into(out, upcast(hidden, out.dtype), weight.t())
+    if bias is not None:
+        out.add_(bias)
+    transform.apply_(out)
+    # A bias of -inf must give p log p = 0 * LOWEST = 0, not 0 * inf.
+    return out if bias is None else out.clamp_(min=LOWEST)
+
+
+def _label_columns(labels: Tensor, rows: slice | Tensor, cols: slice) -> tuple[Tensor, Tensor]:
     """Each row's label as a column of the tile, and whether it lies there; both (R, 1)."""
-    column = labels[tile.rows, None] - tile.cols.start
-    width = tile.cols.stop - tile.cols.start
+    column = labels[rows, None] - cols.start
+    width = cols.stop - cols.start
     return column.clamp(0, width - 1), (column >= 0) & (column < width)
 
 
-def _forward(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform, unit_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """logps, entropy, lse (N,) and, with `unit_grad`, d logp / d hidden (N, D)."""
-    n, dtype = hidden.shape[0], accumulator_dtype(hidden.dtype)
-    peak = hidden.new_full((n,), LOWEST, dtype=dtype)  # running maximum m
-    mass, moment, label_logit = hidden.new_zeros((3, n), dtype=dtype)  # sum e^d, sum e^d d with d = z - m; z_label
-    label_slope = torch.ones_like(mass)
-    expected = hidden.new_zeros(hidden.shape, dtype=dtype) if unit_grad else None
-    for tile in _tiles(hidden, weight, bias):
-        z = _logits_(tile, transform)
-        column, inside = _label_columns(labels, tile)
-        at_label = z.gather(1, column)
-        label_logit[tile.rows] = torch.where(inside, at_label, label_logit[tile.rows, None])[:, 0]
+class _Online:
+    """The online softmax of N rows: running maximum m, sum e^d, sum e^d d with d = z - m, and the label's logit."""
 
-        old = peak[tile.rows]
+    def __init__(self, labels: Tensor, dtype: torch.dtype) -> None:
+        self.labels = labels
+        self.peak = torch.full(labels.shape, LOWEST, dtype=dtype, device=labels.device)
+        self.mass = torch.zeros_like(self.peak)
+        self.moment = torch.zeros_like(self.peak)
+        self.label_logit = torch.full_like(self.peak, math.nan)
+
+    def add(self, tile: _Tile, z: Tensor, p: Tensor) -> Tensor:
+        """Take in a tile's logits; z (R, C) becomes scratch, p (R, C) becomes e^(z - m). Returns the decay (R,)."""
+        rows = tile.rows
+        column, inside = _label_columns(self.labels, rows, tile.cols)
+        at_label = z.gather(1, column)
+        self.label_logit[rows] = torch.where(inside, at_label, self.label_logit[rows, None])[:, 0]
+        old = self.peak[rows]
         new = torch.maximum(old, z.amax(1))
         shift = old - new
         decay = shift.exp()
-        slope = None if expected is None or transform.softcap is None else transform.slope_(z.clone())
         # Base 2: on a CPU exp2 takes a quarter of exp's time.
         z.sub_(new[:, None]).mul_(LOG2E)
-        if bias is not None:
-            z.clamp_(min=LOWEST)  # a bias of -inf must give 0 * LOWEST = 0, not 0 * inf
-        p = torch.exp2(z, out=tile.spare)
+        torch.exp2(z, out=p)
         tile_moment = torch.mul(p, z, out=z).sum(1) / LOG2E
-        moment[tile.rows] = (moment[tile.rows] + mass[tile.rows] * shift) * decay + tile_moment
-        mass[tile.rows] = mass[tile.rows] * decay + p.sum(1)
-        peak[tile.rows] = new
+        self.moment[rows] = (self.moment[rows] + self.mass[rows] * shift) * decay + tile_moment
+        self.mass[rows] = self.mass[rows] * decay + p.sum(1)
+        self.peak[rows] = new
+        return decay
+
+    def result(self, offsets: Tensor) -> RowStats:
+        log_mass = self.mass.log()
+        logps = torch.where(self.label_logit <= LOWEST, -math.inf, (self.label_logit - self.peak) - log_mass)
+        entropy = log_mass - self.moment / self.mass
+        # Rows that do not count are in no sum; whoever asked sets their own statistics to 0.
+        sums = (segment_sum(torch.where(self.labels >= 0, x, 0), offsets) for x in (logps, entropy))
+        return RowStats(logps, entropy, self.peak + log_mass, *sums)
+
+
+def block_shape(hidden: Tensor) -> tuple[int, int]:
+    """Rows and columns of a block of certified skipping; a column tile has at least so many columns."""
+    return 1, BLOCK
+
+
+def forward(
+    problem: Problem,
+    offsets: Tensor,
+    *,
+    unit: bool = False,
+    kl: bool = False,
+    stash_rows: int = 0,
+    block_mass: bool = False,
+) -> Answer:
+    """Statistics of N rows in one walk over the vocabulary; what else is wanted comes from the same tiles."""
+    n, v, transform = problem.hidden.shape[0], problem.weight.shape[0], problem.transform
+    dtype = accumulator_dtype(problem.hidden.dtype)
+    policy = _Online(problem.labels, dtype)
+    reference = None if problem.ref_hidden is None else _Online(problem.labels, dtype)
+    cross = torch.zeros_like(policy.mass)  # sum e^(z - m) (z - z_ref)
+    expected = problem.hidden.new_zeros(problem.hidden.shape, dtype=dtype) if unit else None
+    stash = _new_stash(problem, stash_rows) if stash_rows else None
+    blocks = torch.empty(-(-v // BLOCK), n, dtype=dtype, device=problem.hidden.device) if block_mass else None
+
+    for tile in _tiles(problem, buffers=4 if kl else 2, split=stash_rows):
+        rows, (z, p) = tile.rows, tile.buffers[:2]
+        if reference is not None:
+            assert problem.ref_hidden is not None
+            z_ref = tile.buffers[2] if kl else z
+            _logits(problem.ref_hidden[rows], tile.weight, tile.bias, transform, z_ref)
+            if not kl:
+                reference.add(tile, z_ref, p)
+        _logits(problem.hidden[rows], tile.weight, tile.bias, transform, z)
+        slope = transform.slope_(z.clone()) if expected is not None and transform.softcap is not None else None
+        gap = torch.sub(z, tile.buffers[2], out=tile.buffers[3]) if kl else None
+        decay = policy.add(tile, z, p)
+        if gap is not None:
+            assert reference is not None
+            cross[rows] = cross[rows] * decay + gap.mul_(p).sum(1)
+            reference.add(tile, tile.buffers[2], gap)
+        if stash is not None and rows.stop <= stash_rows:
+            stash.scaled[rows, tile.cols] = p
+            stash.peak[tile.index, rows] = policy.peak[rows]
+        if blocks is not None:
+            first = tile.cols.start // BLOCK
+            mass = _block_sums(p)
+            blocks[first : first + mass.shape[1], rows] = (mass.log() + policy.peak[rows, None]).t()
         if expected is not None:
             if slope is not None:
-                at_label = slope.gather(1, column)
-                label_slope[tile.rows] = torch.where(inside, at_label, label_slope[tile.rows, None])[:, 0]
                 p.mul_(slope)
-            rows = expected[tile.rows].mul_(decay[:, None])
-            mm_into(rows, p.to(tile.weight.dtype), tile.weight, accumulate=True)
-    log_mass = mass.log()
-    logps = (label_logit - peak) - log_mass
-    entropy = log_mass - moment / mass
+            mm_into(expected[rows].mul_(decay[:, None]), p.to(tile.weight.dtype), tile.weight, accumulate=True)
+
+    stats = policy.result(offsets)
+    ref_stats = None if reference is None else reference.result(offsets)
+    if blocks is not None:
+        blocks = blocks.sub_(stats.lse).exp_()
     if expected is not None:
-        expected.div_(mass[:, None]).neg_()
-        _add_label_rows_(expected, weight, labels, label_slope)
-        if transform.gain != 1.0:
-            expected.mul_(transform.gain)
-    return logps, entropy, peak + log_mass, expected
+        finish_unit_(expected, problem, policy.mass, policy.label_logit)
+    divergence = seq_divergence = None
+    if kl:
+        assert ref_stats is not None
+        divergence = cross / policy.mass - (stats.lse - ref_stats.lse)
+        seq_divergence = segment_sum(torch.where(problem.labels >= 0, divergence, 0), offsets)
+    return Answer(stats, ref_stats, divergence, seq_divergence, expected, stash, blocks)
 
 
-def _add_label_rows_(out: Tensor, weight: Tensor, labels: Tensor, scale: Tensor) -> None:
-    """out[t] += scale[t] * weight[labels[t]], a block of rows at a time."""
-    for first in range(0, out.shape[0], 1024):
-        rows = slice(first, first + 1024)
-        out[rows].addcmul_(weight[labels[rows]].to(out.dtype), scale[rows, None])
+def finish_unit_(expected: Tensor, problem: Problem, mass: Tensor, label_logit: Tensor) -> None:
+    """Turn sum_v e^(z - m) W_v, (N, D), into d logp / d hidden, in place."""
+    transform = problem.transform
+    expected.div_(mass[:, None]).neg_()
+    at_label = torch.ones_like(mass) if transform.softcap is None else transform.slope_(label_logit.clone())
+    add_label_rows_(expected, problem, at_label)
+    if transform.gain != 1.0:
+        expected.mul_(transform.gain)
 
 
-class _LinearLogps(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, transform: LogitTransform
-    ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        needs_hidden, needs_weight, _, needs_bias, _ = ctx.needs_input_grad
-        unit_grad = needs_hidden and not needs_weight and not needs_bias
-        logps, entropy, lse, unit = _forward(hidden, weight, labels, bias, transform, unit_grad)
-        ctx.transform = transform
-        ctx.save_for_backward(hidden, weight, labels, bias, lse, entropy, unit)
-        return logps, entropy
-
-    @staticmethod
-    def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        hidden, weight, labels, bias, lse, entropy, unit = ctx.saved_tensors
-        d_hidden = None
-        if unit is not None:
-            if grad_logps is not None:
-                d_hidden = unit * grad_logps[:, None]
-                grad_logps = None
-            if grad_entropy is None:
-                return None if d_hidden is None else d_hidden.to(hidden.dtype), None, None, None, None
-        d_hidden, d_weight, d_bias = _backward(
-            hidden, weight, labels, bias, ctx.transform, lse, entropy, grad_logps, grad_entropy, d_hidden,
-            ctx.needs_input_grad[1], ctx.needs_input_grad[3],
-        )  # fmt: skip
-        return d_hidden.to(hidden.dtype), d_weight, None, d_bias, None
+def _new_stash(problem: Problem, rows: int) -> Stash:
+    v, dtype = problem.weight.shape[0], accumulator_dtype(problem.hidden.dtype)
+    scaled = problem.hidden.new_empty((rows, v))
+    return Stash(scaled, problem.hidden.new_zeros((-(-v // BLOCK), rows), dtype=dtype))
 
 
-def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    transform: LogitTransform,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logps: Tensor | None,
-    grad_entropy: Tensor | None,
-    d_hidden: Tensor | None,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Recompute each tile and push its gradient on. d_hidden (N, D), when given, is added to."""
-    dtype = accumulator_dtype(hidden.dtype)
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if d_hidden is None else d_hidden
-    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if needs_weight else None
-    d_bias = hidden.new_zeros(weight.shape[0], dtype=dtype) if needs_bias else None
-    zero = torch.zeros_like(lse)
-    g, g_h = zero if grad_logps is None else grad_logps, grad_entropy
-    slice_grad = d_hidden  # stands for the (C, D) accumulator of the present vocabulary slice
-    for tile in _tiles(hidden, weight, bias):
-        grad = _logits_grad_(tile, labels, transform, lse, entropy, g, g_h)
-        if d_bias is not None:
-            d_bias[tile.cols] += grad.sum(0)
-        grad = grad.to(tile.weight.dtype)
-        mm_into(d_hidden[tile.rows], grad, tile.weight, accumulate=True)
-        if d_weight is not None:
-            first, last = tile.rows.start == 0, tile.rows.stop == hidden.shape[0]
-            if first:
-                target = d_weight[tile.cols]
-                slice_grad = target if target.dtype == dtype else torch.empty_like(target, dtype=dtype)
-            mm_into(slice_grad, grad.t(), tile.hidden, accumulate=not first)
-            if last and d_weight.dtype != dtype:
-                d_weight[tile.cols] = slice_grad
-    return d_hidden, d_weight, None if bias is None or d_bias is None else d_bias.to(bias.dtype)
+def _block_sums(p: Tensor) -> Tensor:
+    """(R, C) -> (R, C / BLOCK) sums over blocks of columns, the last one perhaps narrower."""
+    whole = p.shape[1] // BLOCK * BLOCK
+    sums = p[:, :whole].unflatten(1, (-1, BLOCK)).sum(2)
+    return sums if whole == p.shape[1] else torch.cat((sums, p[:, whole:].sum(1, keepdim=True)), 1)
 
 
-def _logits_grad_(
-    tile: _Tile,
-    labels: Tensor,
-    transform: LogitTransform,
-    lse: Tensor,
-    entropy: Tensor,
-    grad_logps: Tensor,
-    grad_entropy: Tensor | None,
+def backward(
+    problem: Problem,
+    policy: RowStats,
+    reference: RowStats | None,
+    kl: Tensor | None,
+    grads: Gradients,
+    needs: Needs,
+    *,
+    stash: Stash | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden (N, D, accumulator's dtype), weight (V, D) and bias (V,), None where not needed."""
+    dtype = accumulator_dtype(problem.hidden.dtype)
+    out = _Sums(problem, needs, dtype)
+    if keep is not None:
+        _backward_kept(problem, policy, grads, keep, out)
+        return out.hidden, out.weight, out.bias
+    stashed = 0 if stash is None else stash.scaled.shape[0]
+    for tile in _tiles(problem, buffers=3 if grads.kl is not None else 2, split=stashed):
+        rows, (z, p) = tile.rows, tile.buffers[:2]
+        if stash is not None and rows.stop <= stashed:
+            # log p from a rounded p: its error is absolute, 2^-9 in bf16, and only the entropy's gradient and a
+            # softcap's slope read it.
+            z.copy_(stash.scaled[rows, tile.cols]).clamp_(min=torch.finfo(torch.float32).tiny).log_()
+            z.add_(stash.peak[tile.index, rows, None])
+        else:
+            _logits(problem.hidden[rows], tile.weight, tile.bias, problem.transform, z)
+        z_ref = None
+        if grads.kl is not None:
+            assert problem.ref_hidden is not None
+            z_ref = _logits(problem.ref_hidden[rows], tile.weight, tile.bias, problem.transform, tile.buffers[2])
+        grad = _logits_grad(problem, policy, reference, kl, grads, rows, tile.cols, z, p, z_ref)
+        out.add(tile.weight, grad, rows, tile.cols, upcast(problem.hidden[rows], dtype))
+    return out.hidden, out.weight, out.bias
+
+
+def _backward_kept(problem: Problem, policy: RowStats, grads: Gradients, keep: Tensor, out: "_Sums") -> None:
+    """Block by block, with the rows that keep it gathered."""
+    n, v = problem.hidden.shape[0], problem.weight.shape[0]
+    dtype = accumulator_dtype(problem.hidden.dtype)
+    space = torch.empty(2, n * min(v, BLOCK), dtype=dtype, device=problem.hidden.device)
+    for index, v0 in enumerate(range(0, v, BLOCK)):
+        cols = slice(v0, min(v0 + BLOCK, v))
+        rows = keep[index].nonzero()[:, 0]
+        weight, bias = problem.head(cols)
+        weight, bias = upcast(weight, dtype), None if bias is None else bias.to(dtype)
+        hidden = upcast(problem.hidden[rows], dtype)
+        z, p = space[:, : rows.shape[0] * weight.shape[0]].view(2, rows.shape[0], weight.shape[0])
+        _logits(hidden, weight, bias, problem.transform, z)
+        grad = _logits_grad(problem, policy, None, None, grads, rows, cols, z, p, None)
+        out.add(weight, grad, rows, cols, hidden)
+
+
+class _Sums:
+    """Where the gradients of hidden, weight and bias gather."""
+
+    def __init__(self, problem: Problem, needs: Needs, dtype: torch.dtype) -> None:
+        hidden, weight, bias = problem.hidden, problem.weight, problem.bias
+        self.order, self.dtype, self.n = problem.order, dtype, hidden.shape[0]
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs.hidden else None
+        self.weight = weight.new_empty(weight.shape) if needs.weight else None
+        self.bias = None if bias is None or not needs.bias else bias.new_empty(bias.shape)
+        # fp32 sums of the present columns' gradients; d weight's are written in place where its dtype allows it.
+        self.in_place = weight.dtype == dtype and self.order is None
+        self.d_weight: Tensor | None = None
+        self.d_bias: Tensor | None = None
+
+    def add(self, weight: Tensor, grad: Tensor, rows: slice | Tensor, cols: slice, hidden: Tensor) -> None:
+        """Push d loss / d x (R, C) of a tile on. A gathered tile (rows is a tensor) is all there is of its columns."""
+        gathered = isinstance(rows, Tensor)
+        first = gathered or rows.start == 0
+        if first:
+            self._open(weight, cols)
+        if self.d_bias is not None:
+            self.d_bias += grad.sum(0)
+        grad = grad.to(weight.dtype)
+        if self.hidden is not None and gathered:
+            part = self.hidden[rows]
+            mm_into(part, grad, weight, accumulate=True)
+            self.hidden[rows] = part
+        elif self.hidden is not None:
+            mm_into(self.hidden[rows], grad, weight, accumulate=True)
+        if self.d_weight is not None:
+            mm_into(self.d_weight, grad.t(), hidden, accumulate=not first)
+        if gathered or rows.stop == self.n:
+            self._close(cols)
+
+    def _open(self, weight: Tensor, cols: slice) -> None:
+        if self.weight is not None:
+            self.d_weight = self.weight[cols] if self.in_place else torch.empty_like(weight, dtype=self.dtype)
+        if self.bias is not None:
+            self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype)
+
+    def _close(self, cols: slice) -> None:
+        which = cols if self.order is None else self.order[cols]
+        if self.weight is not None and self.d_weight is not None and not self.in_place:
+            self.weight[which] = self.d_weight.to(self.weight.dtype)
+        if self.bias is not None and self.d_bias is not None:
+            self.bias[which] = self.d_bias.to(self.bias.dtype)
+
+
+def _logits_grad(
+    problem: Problem,
+    policy: RowStats,
+    reference: RowStats | None,
+    kl: Tensor | None,
+    grads: Gradients,
+    rows: slice | Tensor,
+    cols: slice,
+    z: Tensor,
+    p: Tensor,
+    z_ref: Tensor | None,
 ) -> Tensor:
-    """d loss / d x of the tile, (R, C):  g (1[v = y] - p) - g_H p (log p + H), times d z / d x."""
-    g = grad_logps[tile.rows, None]
-    z = _logits_(tile, transform)
+    """d loss / d x (R, C) from logits z, with p as the result's buffer and z, z_ref as scratch.
+
+    g (1[v = y] - p) - g_H p (log p + H) + g_K p (log p - log q - K), times d z / d x.
+    """
+    transform = problem.transform
     slope = None if transform.softcap is None else transform.slope_(z.clone())
-    z.sub_(lse[tile.rows, None]).mul_(LOG2E)
-    if tile.bias is not None:
-        z.clamp_(min=LOWEST)
-    p = torch.exp2(z, out=tile.spare)
-    if grad_entropy is None:
-        p.mul_(-g)
-    else:
-        surplus = z.div_(LOG2E).add_(entropy[tile.rows, None])  # log p + H
-        p.mul_(surplus.mul_(grad_entropy[tile.rows, None]).add_(g)).neg_()
-    column, inside = _label_columns(labels, tile)
-    p.scatter_add_(1, column, torch.where(inside, g, 0))
+    factor = None  # of p
+    if z_ref is not None:
+        assert reference is not None and kl is not None and grads.kl is not None
+        offset = reference.lse[rows] - policy.lse[rows] - kl[rows]
+        factor = torch.sub(z, z_ref, out=z_ref).add_(offset[:, None]).mul_(grads.kl[rows, None])
+    z.sub_(policy.lse[rows, None]).mul_(LOG2E)
+    torch.exp2(z, out=p)
+    if grads.entropy is not None:
+        surplus = z.div_(LOG2E).add_(policy.entropy[rows, None]).mul_(-grads.entropy[rows, None])
+        factor = surplus if factor is None else factor.add_(surplus)
+    if grads.logps is not None:
+        g = grads.logps[rows, None]
+        p.mul_(-g if factor is None else factor.sub_(g))
+        column, inside = _label_columns(problem.labels, rows, cols)
+        p.scatter_add_(1, column, torch.where(inside, g, 0))
+    elif factor is not None:
+        p.mul_(factor)
     if slope is not None:
         p.mul_(slope)
     return p if transform.gain == 1.0 else p.mul_(transform.gain)

@@ -1,4 +1,4 @@
-"""What the chunked and the fused implementation share: the logit transform, fp32-accumulating products, one guard."""
+"""What the chunked and the fused implementation share: the problem, its answer, and products that keep fp32."""
 
 from typing import NamedTuple
 
@@ -32,10 +32,109 @@ class LogitTransform(NamedTuple):
         return logits.mul_(self.temperature / self.softcap).square_().neg_().add_(1.0)
 
 
+class Problem(NamedTuple):
+    """N rows through one LM head.
+
+    Attributes:
+        hidden: (N, D), N > 0.
+        weight: (V, D), hidden's dtype.
+        bias: (V,) or None.
+        labels: (N,) int64 columns of the plane in [0, V). Below 0: the row does not count; V: its result is NaN.
+        transform: from raw projections to logits.
+        ref_hidden: (N, D) rows of the reference model under the same head, or None. Never differentiated.
+        order: (V,) int64: column j of the plane is row order[j] of the head. None: as they are.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    transform: LogitTransform
+    ref_hidden: Tensor | None = None
+    order: Tensor | None = None
+
+    def head(self, cols: slice) -> tuple[Tensor, Tensor | None]:
+        """Weight (C, D) and bias (C,) of some columns."""
+        which = cols if self.order is None else self.order[cols]
+        return self.weight[which], None if self.bias is None else self.bias[which]
+
+    def label_rows(self) -> Tensor:
+        """(N,) each label's row of the head; some row where there is no such label."""
+        labels = self.labels.clamp(0, self.weight.shape[0] - 1)
+        return labels if self.order is None else self.order[labels]
+
+
+class RowStats(NamedTuple):
+    """Log-probability of the label, entropy and log-sum-exp of N rows, each (N,) fp32 (float64 for float64).
+
+    seq_*: their sums over S sequences, (S,), which a backward does not read.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    lse: Tensor
+    seq_logps: Tensor
+    seq_entropy: Tensor
+
+
+class Stash(NamedTuple):
+    """What lets a backward skip the projection of the first S rows.
+
+    Attributes:
+        scaled: (S, V) exp(logit - peak) in the inputs' dtype: relative precision does not depend on the logit's size.
+        peak: (T, S) fp32, what was subtracted in each of T column tiles.
+    """
+
+    scaled: Tensor
+    peak: Tensor
+
+
+class Answer(NamedTuple):
+    """What a forward computes; None where it was not asked for.
+
+    Attributes:
+        policy, reference: statistics of `hidden` and `ref_hidden`.
+        kl, seq_kl: (N,) KL(policy || reference) over the vocabulary, and its sums (S,).
+        unit: (N, D) d logp / d hidden.
+        stash: see `Stash`.
+        block_mass: (V / block, N) softmax mass of each block of columns.
+    """
+
+    policy: RowStats
+    reference: RowStats | None = None
+    kl: Tensor | None = None
+    seq_kl: Tensor | None = None
+    unit: Tensor | None = None
+    stash: Stash | None = None
+    block_mass: Tensor | None = None
+
+
+class Gradients(NamedTuple):
+    """Upstream gradients of N rows' statistics, each (N,) or None."""
+
+    logps: Tensor | None
+    entropy: Tensor | None
+    kl: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which inputs want a gradient."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
 def refuse_double_backward() -> None:
     """Called first in a backward: autograd records there only for create_graph=True, and would record wrongly."""
     if torch.is_grad_enabled():
         raise RuntimeError("linear_logps is differentiable once; for create_graph=True use impl='reference'")
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """(N,) -> (S,): sums of rows offsets[i] to offsets[i+1]."""
+    # Thousands of nats: fp32 partial sums would round away what the tokens are exact to.
+    return torch.segment_reduce(values.double(), "sum", offsets=offsets, initial=0).to(values.dtype)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -58,3 +157,11 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def add_label_rows_(out: Tensor, problem: Problem, scale: Tensor) -> None:
+    """out[t] += scale[t] * weight[labels[t]], a block of rows at a time."""
+    which = problem.label_rows()
+    for first in range(0, out.shape[0], 1024):
+        rows = slice(first, first + 1024)
+        out[rows].addcmul_(problem.weight[which[rows]].to(out.dtype), scale[rows, None])

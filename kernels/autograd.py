@@ -1,0 +1,414 @@
+"""The one differentiable op over both implementations: which rows count, what is saved, which gradient goes where.
+
+It is registered with torch.library, with shapes for fake tensors, so that torch.compile keeps it whole. Its backward
+is an op of its own, without a gradient: statistics are differentiable once.
+"""
+
+import importlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpo.kernels import chunked
+from fastpo.kernels.skipping import kept_blocks
+from fastpo.kernels.tiles import (
+    Answer,
+    Gradients,
+    LogitTransform,
+    Needs,
+    Problem,
+    RowStats,
+    Stash,
+    accumulator_dtype,
+    refuse_double_backward,
+)
+
+
+class Plan(NamedTuple):
+    """How a call is computed; plain numbers, because they travel through an op's schema.
+
+    Attributes:
+        scale, softcap, temperature: the logit transform.
+        ignore_index: the label of rows that do not count.
+        impl: chunked | fused.
+        mode: no_grad | frozen | lean | stash.
+        memory_budget: bytes that a stash may take.
+        skip_mass: softmax mass that a backward may leave out of each row.
+        kl: whether to compute KL(policy || reference).
+        static: whether every saved tensor's shape follows from the inputs' shapes, as a compiler wants it.
+    """
+
+    scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    impl: str
+    mode: str
+    memory_budget: int
+    skip_mass: float
+    kl: bool
+    static: bool
+
+
+class Statistics(NamedTuple):
+    """What the op returns for M rows in S sequences; absent ones have no elements. Then, what its backward needs."""
+
+    logps: Tensor  # (M,)
+    entropy: Tensor  # (M,)
+    kl: Tensor  # (M,)
+    seq_logps: Tensor  # (S,)
+    seq_entropy: Tensor  # (S,)
+    seq_kl: Tensor  # (S,)
+    ref_logps: Tensor  # (M,)
+    ref_entropy: Tensor  # (M,)
+    ref_seq_logps: Tensor  # (S,)
+    ref_seq_entropy: Tensor  # (S,)
+    lse: Tensor  # (M,)
+    ref_lse: Tensor  # (M,)
+    unit: Tensor  # (rows that count, or M, D)
+    stash: Tensor  # (stashed rows, V)
+    stash_peak: Tensor  # (column tiles, stashed rows)
+    keep: Tensor  # (blocks, row groups) bool
+
+
+def linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ends: Tensor | None,
+    order: Tensor | None,
+    plan: Plan,
+) -> Statistics:
+    """Statistics of M rows, and their sums over S sequences.
+
+    Args:
+        hidden: (M, D).
+        weight: (V, D), hidden's dtype.
+        labels: (M,) int64 in [0, V), or plan.ignore_index.
+        bias: (V,) or None.
+        ref_hidden: (M, D) or None.
+        ends: (S+1,) int64: sequence i is rows ends[i] to ends[i+1]. None: no sequences.
+        order: (V,) int64 permutation, or None.
+        plan: see `Plan`.
+
+    Returns:
+        Statistics, fp32 (float64 for float64 inputs); the policy's are differentiable once.
+
+    Raises:
+        ValueError: a label, `ends` or `order` is out of range (not under CUDA-graph capture, where nothing may
+            synchronise: there, such a label's result is NaN).
+    """
+    return Statistics(*_linear_statistics(hidden, weight, labels, bias, ref_hidden, ends, order, *plan))
+
+
+def _implementation(name: str) -> Any:
+    return chunked if name == "chunked" else importlib.import_module("fastpo.kernels.fused")
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being recorded: then nothing may depend on what a tensor holds."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def check_values(labels: Tensor, ends: Tensor | None, order: Tensor | None, vocab_size: int, ignore_index: int) -> None:
+    """Raise ValueError for what only the tensors' contents can tell."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bool(wrong.any()):
+        raise ValueError(
+            f"labels must lie in [0, {vocab_size}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
+        )
+    if ends is not None and (int(ends[0]) != 0 or int(ends[-1]) != labels.shape[0] or bool((ends.diff() < 0).any())):
+        raise ValueError(
+            f"cu_seqlens must start at 0, not decrease and end at N = {labels.shape[0]}, got {ends.tolist()}"
+        )
+    if order is not None and not torch.equal(order.sort().values, torch.arange(vocab_size, device=order.device)):
+        raise ValueError(f"vocab_order must be a permutation of 0 .. {vocab_size - 1}")
+
+
+class _Rows(NamedTuple):
+    """The rows that count: packed, or all of them, of which some are masked."""
+
+    index: Tensor | None  # (K,) int64 where packed
+    masked: bool  # whether rows that do not count are among them
+    labels: Tensor  # (K,) int64 columns, as `Problem` wants them
+    offsets: Tensor  # (S+1,) int64 boundaries of the sequences in these rows
+
+    def take(self, x: Tensor) -> Tensor:
+        return x if self.index is None else x[self.index]
+
+    def mask(self, x: Tensor) -> Tensor:
+        """(K, ...) with 0 in the rows that do not count."""
+        return torch.where((self.labels >= 0).view(-1, *[1] * (x.dim() - 1)), x, 0) if self.masked else x
+
+    def spread(self, x: Tensor, m: int) -> Tensor:
+        """(K, ...) back to (M, ...), 0 in the rows that do not count."""
+        if self.index is None:
+            return self.mask(x)
+        return x.new_zeros((m, *x.shape[1:])).index_copy_(0, self.index, x)
+
+    def gradient(self, tokens: Tensor | None, sequences: Tensor | None) -> Tensor | None:
+        """(K,) upstream gradient of each row's statistic: its own (M,) plus its sequence's (S,)."""
+        total = None if tokens is None else self.take(tokens)
+        if sequences is not None:
+            lengths, count = self.offsets.diff(), self.labels.shape[0]
+            spread = sequences.repeat_interleave(lengths, output_size=count)
+            total = spread if total is None else total + spread
+        return None if total is None else self.mask(total).contiguous()
+
+
+def _rows(labels: Tensor, ends: Tensor | None, order: Tensor | None, vocab_size: int, ignore_index: int) -> _Rows:
+    counts = labels != ignore_index
+    index, masked, offsets = None, False, labels.new_zeros(1) if ends is None else ends
+    if capturing():
+        possible = (labels >= 0) & (labels < vocab_size)
+        labels, masked = torch.where(counts, torch.where(possible, labels, vocab_size), -1), True
+    elif not bool(counts.all()):
+        index = counts.nonzero()[:, 0]
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))[offsets]
+        labels = labels[index]
+    if order is not None:
+        column_of = torch.empty(vocab_size + 2, dtype=torch.int64, device=labels.device)
+        column_of[order] = torch.arange(vocab_size, device=labels.device)
+        column_of[vocab_size], column_of[-1] = vocab_size, -1
+        labels = column_of[labels]
+    return _Rows(index, masked, labels, offsets)
+
+
+def _problem(
+    rows: _Rows,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    order: Tensor | None,
+    plan: Plan,
+) -> Problem:
+    transform = LogitTransform(plan.scale, plan.softcap, plan.temperature)
+    hidden = rows.mask(rows.take(hidden))  # what lies in a padding row, NaN included, must not reach d weight
+    reference = None if ref_hidden is None else rows.mask(rows.take(ref_hidden))
+    return Problem(hidden, weight, bias, rows.labels, transform, reference, order)
+
+
+def _shapes(
+    hidden: Tensor, weight: Tensor, sequences: int, reference: bool, rows: int, plan: Plan
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each of `Statistics`, for `rows` rows that count."""
+    m, v, dtype = hidden.shape[0], weight.shape[0], accumulator_dtype(hidden.dtype)
+    block_rows, block_cols = _implementation(plan.impl).block_shape(hidden)
+    blocks = -(-v // block_cols)
+    stashed = min(rows, plan.memory_budget // (v * hidden.element_size())) if plan.mode == "stash" else 0
+    own, refs, kl = (True, reference, plan.kl)
+    wanted: dict[str, tuple[bool, tuple[int, ...], torch.dtype]] = {
+        "logps": (own, (m,), dtype),
+        "entropy": (own, (m,), dtype),
+        "kl": (kl, (m,), dtype),
+        "seq_logps": (own, (sequences,), dtype),
+        "seq_entropy": (own, (sequences,), dtype),
+        "seq_kl": (kl, (sequences,), dtype),
+        "ref_logps": (refs, (m,), dtype),
+        "ref_entropy": (refs, (m,), dtype),
+        "ref_seq_logps": (refs, (sequences,), dtype),
+        "ref_seq_entropy": (refs, (sequences,), dtype),
+        "lse": (own, (m,), dtype),
+        "ref_lse": (refs, (m,), dtype),
+        "unit": (plan.mode == "frozen", (rows, hidden.shape[1]), dtype),
+        "stash": (stashed > 0, (stashed, v), hidden.dtype),
+        "stash_peak": (stashed > 0, (blocks, stashed), dtype),
+        "keep": (_skips(plan), (blocks, -(-rows // block_rows)), torch.bool),
+    }
+    return {name: (shape if is_wanted else (0,), dtype) for name, (is_wanted, shape, dtype) in wanted.items()}
+
+
+def _skips(plan: Plan) -> bool:
+    return plan.mode == "lean" and plan.skip_mass > 0
+
+
+@torch.library.custom_op("fastpo::linear_statistics", mutates_args=())
+def _linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ends: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str,
+    mode: str,
+    memory_budget: int,
+    skip_mass: float,
+    kl: bool,
+    static: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+]:  # fmt: skip
+    plan = Plan(scale, softcap, temperature, ignore_index, impl, mode, memory_budget, skip_mass, kl, static)
+    m, v, engine = labels.shape[0], weight.shape[0], _implementation(impl)
+    if not capturing():
+        check_values(labels, ends, order, v, ignore_index)
+    rows = _rows(labels, ends, order, v, ignore_index)
+    count, sequences = rows.labels.shape[0], rows.offsets.shape[0] - 1
+    shapes = _shapes(hidden, weight, sequences, ref_hidden is not None, m if static else count, plan)
+    if count == 0:
+        return tuple(hidden.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values())
+    problem = _problem(rows, hidden, weight, bias, ref_hidden, order, plan)
+    stash_rows = min(shapes["stash"][0][0], count)
+    answer: Answer = engine.forward(
+        problem, rows.offsets, unit=mode == "frozen", kl=kl, stash_rows=stash_rows, block_mass=_skips(plan)
+    )
+    keep = None
+    if answer.block_mass is not None:
+        block_rows, block_cols = engine.block_shape(hidden)
+        keep = kept_blocks(answer.block_mass, rows.labels, skip_mass, block_cols, block_rows)
+    # A row's statistics go back to where the row was; what only the backward reads stays packed.
+    parts = {"": answer.policy} | ({} if answer.reference is None else {"ref_": answer.reference})
+    found: dict[str, Tensor | None] = {
+        **{prefix + name: rows.spread(getattr(part, name), m) for prefix, part in parts.items() for name in _PER_ROW},
+        **{prefix + name: getattr(part, name) for prefix, part in parts.items() for name in _PER_SEQUENCE},
+        "kl": None if answer.kl is None else rows.spread(answer.kl, m),
+        "seq_kl": answer.seq_kl,
+        "unit": answer.unit,
+        "stash": None if answer.stash is None else answer.stash.scaled,
+        "stash_peak": None if answer.stash is None else answer.stash.peak,
+        "keep": keep,
+    }
+    return tuple(_fit(found.get(name), hidden, *shapes[name]) for name in Statistics._fields)
+
+
+_PER_ROW, _PER_SEQUENCE = ("logps", "entropy", "lse"), ("seq_logps", "seq_entropy")
+
+
+def _fit(x: Tensor | None, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """x, with zeros after it where a static shape is larger; an empty tensor for None."""
+    if x is None:
+        return like.new_empty(shape, dtype=dtype)
+    if x.shape == shape:
+        return x
+    out = x.new_zeros(shape)
+    out[tuple(slice(size) for size in x.shape)] = x
+    return out
+
+
+@_linear_statistics.register_fake
+def _(hidden, weight, labels, bias, ref_hidden, ends, order, *plan):  # type: ignore[no-untyped-def]
+    sequences = 0 if ends is None else ends.shape[0] - 1
+    # Saved tensors have their static shapes here: fake tensors know no labels.
+    shapes = _shapes(hidden, weight, sequences, ref_hidden is not None, hidden.shape[0], Plan(*plan))
+    return tuple(hidden.new_empty(shape, dtype=dtype) for shape, dtype in shapes.values())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    hidden, weight, labels, bias, ref_hidden, ends, order, *plan = inputs
+    stats = Statistics(*output)
+    saved = (stats.logps, stats.entropy, stats.kl, stats.ref_logps, stats.ref_entropy, stats.lse, stats.ref_lse)
+    kept = (stats.unit, stats.stash, stats.stash_peak, stats.keep)
+    ctx.save_for_backward(hidden, weight, labels, bias, ref_hidden, ends, order, *saved, *kept)
+    ctx.plan = plan
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward()
+    needs = ctx.needs_input_grad
+    needs_input = (needs[0], needs[1], needs[3])
+    upstream = Statistics(*grads)
+    out = _linear_statistics_backward(
+        *(upstream.logps, upstream.entropy, upstream.kl, upstream.seq_logps, upstream.seq_entropy, upstream.seq_kl),
+        *ctx.saved_tensors, *needs_input, *ctx.plan,
+    )  # fmt: skip
+    d_hidden, d_weight, d_bias = (x if wanted else None for x, wanted in zip(out, needs_input, strict=True))
+    return d_hidden, d_weight, None, d_bias, *[None] * (3 + len(ctx.plan))
+
+
+_linear_statistics.register_autograd(_gradients, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fastpo::linear_statistics_backward", mutates_args=())
+def _linear_statistics_backward(
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_kl: Tensor | None,
+    grad_seq_logps: Tensor | None,
+    grad_seq_entropy: Tensor | None,
+    grad_seq_kl: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ends: Tensor | None,
+    order: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    kl_value: Tensor,
+    ref_logps: Tensor,
+    ref_entropy: Tensor,
+    lse: Tensor,
+    ref_lse: Tensor,
+    unit: Tensor,
+    stash: Tensor,
+    stash_peak: Tensor,
+    keep: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    impl: str,
+    mode: str,
+    memory_budget: int,
+    skip_mass: float,
+    kl: bool,
+    static: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    plan = Plan(scale, softcap, temperature, ignore_index, impl, mode, memory_budget, skip_mass, kl, static)
+    m = labels.shape[0]
+    rows = _rows(labels, ends, order, weight.shape[0], ignore_index)
+    count = rows.labels.shape[0]
+    nothing = hidden.new_empty(0)
+    if count == 0:
+        like = ((hidden, needs_hidden), (weight, needs_weight), (hidden if bias is None else bias, needs_bias))
+        return tuple(torch.zeros_like(x) if wanted else hidden.new_empty(0) for x, wanted in like)
+    grads = Gradients(
+        rows.gradient(grad_logps, grad_seq_logps),
+        rows.gradient(grad_entropy, grad_seq_entropy),
+        rows.gradient(grad_kl, grad_seq_kl),
+    )
+    d_hidden = d_weight = d_bias = None
+    if mode == "frozen" and grads.logps is not None:
+        d_hidden = unit[:count] * grads.logps[:, None]
+        grads = grads._replace(logps=None)
+    if any(grad is not None for grad in grads):
+        problem = _problem(rows, hidden, weight, bias, ref_hidden, order, plan)
+        policy = RowStats(rows.take(logps), rows.take(entropy), rows.take(lse), nothing, nothing)
+        reference = None
+        if ref_hidden is not None:
+            reference = RowStats(rows.take(ref_logps), rows.take(ref_entropy), rows.take(ref_lse), nothing, nothing)
+        from_tiles, d_weight, d_bias = _implementation(impl).backward(
+            problem, policy, reference, rows.take(kl_value) if kl else None, grads,
+            Needs(needs_hidden, needs_weight, needs_bias),
+            stash=Stash(stash[:count], stash_peak[:, :count]) if stash.numel() else None,
+            keep=keep if keep.numel() else None,
+        )  # fmt: skip
+        if from_tiles is not None:
+            d_hidden = from_tiles if d_hidden is None else d_hidden.add_(from_tiles)
+    if d_hidden is not None:
+        d_hidden = rows.spread(d_hidden.to(hidden.dtype), m)
+    return tuple(hidden.new_empty(0) if x is None else x for x in (d_hidden, d_weight, d_bias))
+
+
+@_linear_statistics_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    hidden, weight, bias = args[6], args[7], args[9]
+    wanted = args[24:27]
+    like = (hidden, weight, hidden if bias is None else bias)
+    return tuple(x.new_empty(x.shape) if yes else x.new_empty(0) for x, yes in zip(like, wanted, strict=True))
