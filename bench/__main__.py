@@ -1,55 +1,77 @@
-"""Head benchmark on a CPU: ``python -m bench [--tokens 2048] [--repeats 5]``.
+"""fastpo and every installed peer on the same work: ``python -m bench --preset cpu|gpu|quick --out DIR``.
 
-Every run is a fresh process that does the work twice; the contenders take turns, so that a slow minute of the machine
-hits all of them. The first call has a library's own start-up in it, the second has not. What counts is the ratio to
-two bare GEMM units of the same shape, measured in the same session.
+Every contender runs in fresh processes, the contenders taking turns, after its results have been compared with float64.
+If fastpo fails that comparison nothing is written and the exit status is 1. Otherwise DIR gets NAME.json, NAME.md and
+pictures. The preset gpu takes under 9 minutes.
 """
 
 import argparse
+import dataclasses
 import json
-import os
-import statistics
-import subprocess
 import sys
-from collections import defaultdict
+import tempfile
+from pathlib import Path
+
+import torch
 
 from bench.contenders import CONTENDERS
+from bench.machine import describe
+from bench.pictures import draw
+from bench.presets import PRESETS
+from bench.report import full_report
+from bench.runner import GateError, Session
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--hidden_size", type=int, default=896)
-    parser.add_argument("--vocab_size", type=int, default=151936)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    shape = [str(arguments.tokens), str(arguments.hidden_size), str(arguments.vocab_size)]
-    # Huge pages: without them the contenders with large buffers mostly measure page faults.
-    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
-    rows = defaultdict(list)
-    for _ in range(arguments.repeats):
-        for name in CONTENDERS:
-            command = [sys.executable, "-m", "bench.contenders", name, *shape]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            rows[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{name}: {rows[name][-1]['first_seconds']:.2f} s", file=sys.stderr)
-    median = {
-        name: {key: statistics.median(run[key] for run in runs) for key in ("first_seconds", "second_seconds")}
-        for name, runs in rows.items()
-    }
-    unit = median["two bare GEMM units"]
-    print(f"forward + backward, frozen head, fp32, T={shape[0]}, D={shape[1]}, V={shape[2]}, {os.cpu_count()} cores")
-    print("| contender | first call s | / 2 GEMM | second call s | / 2 GEMM | first call min..max | extra MB |")
-    print("|---|---|---|---|---|---|---|")
-    for name, runs in rows.items():
-        first, second = median[name]["first_seconds"], median[name]["second_seconds"]
-        times = [run["first_seconds"] for run in runs]
-        print(
-            f"| {name} | {first:.2f} | {first / unit['first_seconds']:.2f} "
-            f"| {second:.2f} | {second / unit['second_seconds']:.2f} "
-            f"| {min(times):.2f}..{max(times):.2f} | {max(run['extra_bytes'] for run in runs) / 2**20:.0f} |"
-        )
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results")
+    parser.add_argument("--only", action="append", choices=CONTENDERS, metavar="NAME", help="a contender; repeatable")
+    parser.add_argument("--repeats", type=int, help="rounds of fresh processes")
+    parser.add_argument("--tokens", type=int, help="only the points of so many tokens")
+    parser.add_argument("--work", help="only the points of this work")
+    parser.add_argument("--budget", type=float, help="seconds for everything")
+    parser.add_argument("--threads", type=int, help="threads of a worker; the machine's own choice by default")
+    arguments = parser.parse_args(argv)
+    preset = PRESETS[arguments.preset or ("gpu" if torch.cuda.is_available() else "cpu")]
+    device = torch.device(preset.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print(f"preset {preset.name} needs a GPU", file=sys.stderr)
+        return 2
+    points = [spec for spec in preset.points if arguments.tokens in (None, spec.tokens)]
+    points = [spec for spec in points if arguments.work in (None, spec.work)]
+    preset = dataclasses.replace(preset, points=tuple(points), budget=arguments.budget or preset.budget)
+    command = "python -m bench " + " ".join(_without_paths(sys.argv[1:] if argv is None else argv))
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(
+            preset, device, arguments.only or list(CONTENDERS),
+            repeats=arguments.repeats or preset.repeats, threads=arguments.threads, folder=Path(folder),
+        )  # fmt: skip
+        try:
+            session.run()
+        except GateError as error:
+            print(f"no report: {error}", file=sys.stderr)
+            return 1
+    meta = describe(device, command, session.machine["threads"]) | {"preset": preset.name}
+    result = {"meta": meta} | session.as_json()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{preset.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (arguments.out / f"{preset.name}.md").write_text(full_report(result))
+    draw(result, arguments.out)
+    print(full_report(result))
+    return 0
+
+
+def _without_paths(arguments: list[str]) -> list[str]:
+    """The arguments that say what was measured, not where it was written."""
+    kept = [x for x in arguments if not x.startswith("--out=")]
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return [f'"{x}"' if " " in x else x for x in kept]
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Error of sequence log-probs against float64, from bf16 inputs at the full vocabulary.
 
-What training reads are sums over a completion. Rounding the logits to bf16 leaves an error in each token's log-prob that
-the sum keeps; fp32 accumulators do not.
+What training reads are sums over a completion. Rounding the logits to bf16 leaves an error in each token's log-prob,
+and the sum keeps it; fp32 accumulators do not round.
 """
 
 from pathlib import Path
@@ -46,5 +46,3 @@ def sequence_error(contender: Contender, spec: Spec, device: torch.device, path:
 def errors_of(sums: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
     difference = sums.double() - truth
     return {"rms": float(difference.square().mean().sqrt()), "max": largest(sums, truth)}
-
-

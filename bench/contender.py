@@ -29,6 +29,7 @@ class Contender:
     entropy = False  # the entropy is computed along
     full_logits = False  # holds (tokens, vocabulary) logits
     compiles = False  # the first call compiles
+    per_shape = False  # and so does the first at every shape
     fp32_statistics = False  # exact from low-precision inputs: the gate asks more of it
     works: tuple[str, ...] = WORKS
 
@@ -77,6 +78,9 @@ class Contender:
 class BareGemm(Contender):
     """The matrix products alone, tile by tile; no result."""
 
+    def sequence_logps(self, problem: Problem) -> Tensor | None:
+        return None
+
     def run(self, problem: Problem) -> Outcome:
         rows, _ = problem.rows(problem.hidden.detach())
         weight = problem.weight.detach()
@@ -116,7 +120,8 @@ class Eager(Contender):
 
 
 class CompiledEager(Eager):
-    compiles = True
+    compiles = per_shape = True
+    works = ("forward", "frozen", "trainable")
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., Any]:

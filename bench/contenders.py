@@ -1,7 +1,5 @@
 """Who is compared: fastpo in each of its modes, the peers and the bare matrix products, by name."""
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,26 +33,22 @@ class Fastpo(Contender):
         self.mode, self.works, self.share, self.skip_mass, self.impl = mode, works, share, skip_mass, impl
 
     def unavailable(self, device: torch.device) -> str | None:
-        wanted = {"memory_budget"} if self.share else {"skip_mass"} if self.skip_mass else set()
-        absent = wanted - inspect.signature(fastpo.linear_logps).parameters.keys()
-        if absent:
-            return f"this fastpo has no {', '.join(sorted(absent))}"
         return "a second implementation for a GPU" if self.impl != "auto" and device.type == "cpu" else None
 
-    def _call(self, function: Callable[..., Any], problem: Problem, *tensors: Tensor, **keywords: Any) -> Any:
-        rows = int((problem.labels != IGNORE).sum()) if self.share else 0
-        wanted = {
-            "impl": self.impl,
-            "mode": self.mode,
-            "skip_mass": self.skip_mass,
-            "memory_budget": int(self.share * rows * problem.spec.vocab * 2) or None,
-        }
-        supported = inspect.signature(function).parameters
-        return function(*tensors, **{k: v for k, v in wanted.items() if v and k in supported}, **keywords)
+    def _options(self, problem: Problem) -> dict[str, Any]:
+        options: dict[str, Any] = {"impl": self.impl, "mode": self.mode}
+        if self.share:
+            rows = int((problem.labels != IGNORE).sum())
+            options["memory_budget"] = int(self.share * rows * problem.spec.vocab) * problem.hidden.element_size()
+        return options
+
+    def _skipping(self) -> dict[str, Any]:
+        return {"skip_mass": self.skip_mass} if self.skip_mass else {}
 
     def token_outcome(self, problem: Problem) -> Outcome:
-        stats = self._call(fastpo.linear_logps, problem, problem.hidden, problem.weight, problem.labels)
-        logps, entropy = stats
+        logps, entropy = fastpo.linear_logps(
+            problem.hidden, problem.weight, problem.labels, **self._options(problem), **self._skipping()
+        )
         if problem.spec.completion_fraction == 1:
             return Outcome(-logps.sum(), logps.flatten(), entropy.flatten())
         keep = problem.labels != IGNORE
@@ -62,13 +56,13 @@ class Fastpo(Contender):
 
     def step_loss(self, problem: Problem) -> Tensor:
         hidden, reference, weight, labels = problem.hidden, problem.reference, problem.weight, problem.labels
-        joint = getattr(fastpo, "joint_linear_sequence_stats", None)
-        if joint is not None:
-            policy, ref, *_ = self._call(joint, problem, hidden, reference, weight, labels)
-        else:
+        options = self._options(problem)
+        if self.skip_mass:  # which goes with one set of rows only
             with torch.no_grad():
                 ref = fastpo.linear_sequence_stats(reference, weight, labels)
-            policy = self._call(fastpo.linear_sequence_stats, problem, hidden, weight, labels)
+            policy = fastpo.linear_sequence_stats(hidden, weight, labels, **options, **self._skipping())
+        else:
+            policy, ref, _ = fastpo.joint_linear_sequence_stats(hidden, reference, weight, labels, **options)
         chosen, rejected = _halves(policy)
         ref_chosen, ref_rejected = _halves(ref)
         config = fastpo.PreferenceConfig(beta=BETA)
@@ -78,9 +72,9 @@ class Fastpo(Contender):
         return loss
 
     def sequence_logps(self, problem: Problem) -> Tensor | None:
-        stats = self._call(fastpo.linear_sequence_stats, problem, problem.hidden, problem.weight, problem.labels)
-        result: Tensor = stats.logps
-        return result
+        return fastpo.linear_sequence_stats(
+            problem.hidden, problem.weight, problem.labels, **self._options(problem)
+        ).logps
 
 
 def _halves(stats: fastpo.SequenceStats) -> tuple[fastpo.SequenceStats, fastpo.SequenceStats]:
@@ -94,7 +88,7 @@ CONTENDERS: dict[str, Contender] = {
     "fastpo frozen": Fastpo("frozen", FROZEN_WORKS),
     "fastpo lean": Fastpo("lean", TRAINABLE_WORKS),
     "fastpo stash": Fastpo("stash", TRAINABLE_WORKS, share=0.5),
-    "fastpo skip 1e-3": Fastpo("auto", TRAINABLE_WORKS, skip_mass=1e-3),
+    "fastpo skip 1e-3": Fastpo("lean", TRAINABLE_WORKS, skip_mass=1e-3),
     "fastpo chunked": Fastpo("auto", WORKS, impl="chunked"),
     "torch linear_cross_entropy": TorchLinearCrossEntropy(),
     "TRL fused head": TrlFusedHead(),

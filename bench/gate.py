@@ -8,7 +8,6 @@ from bench.contender import Contender, Outcome
 from bench.measure import largest, relative
 from bench.problem import Exact, Problem, Spec, exact, make_problem
 
-SHAPE = {"tokens": 192, "hidden": 128, "vocab": 2048, "completion_fraction": 0.75}
 # Nats of a log-prob (logits reach 20, which bf16 rounds by up to 0.06), and relative error of a gradient or a DPO loss.
 TOLERANCES = {"float32": (1e-3, 1e-3), "float16": (0.05, 0.05), "bfloat16": (0.25, 0.1), "float64": (1e-6, 1e-6)}
 # From contenders that keep fp32 statistics, whatever the inputs; a stash may hold bf16 probabilities.
@@ -17,14 +16,14 @@ STRICT = (1e-3, 1e-2)
 
 def check(contender: Contender, work: str, dtype: str, device: torch.device) -> dict[str, Any]:
     """{"ok", "errors": {name: number}, "reason"} of one contender and work, on a small problem."""
-    problem = make_problem(Spec(work, dtype=dtype, **SHAPE), device, seed=1)  # type: ignore[arg-type]
+    problem = make_problem(Spec(work, 192, 128, 2048, dtype, completion_fraction=0.75), device, seed=1)
     try:
         outcome = contender.run(problem)
     except Exception as error:  # a peer's failure is a result, not ours to raise
         return {"ok": False, "errors": {}, "reason": f"{type(error).__name__}: {str(error)[:200]}"}
     if outcome.loss is None:  # bare products have no result
         return {"ok": True, "errors": {}, "reason": ""}
-    nats, share = (STRICT if contender.fp32_statistics else TOLERANCES[dtype])
+    nats, share = STRICT if contender.fp32_statistics else TOLERANCES[dtype]
     limits = {"logps": nats, "entropy": 5 * nats, "loss": share, "hidden_grad": share, "weight_grad": share}
     errors = _errors(problem, outcome, exact(problem))
     wrong = [f"{name} {error:.1e} > {limits[name]:.0e}" for name, error in errors.items() if not error <= limits[name]]

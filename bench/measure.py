@@ -1,28 +1,28 @@
 """Time, peak memory and error of one contender at one point, in this process."""
 
+import math
 import time
 from typing import Any
 
 import torch
 
 from bench.contender import Contender, Outcome
-from bench.problem import Problem, Spec, make_problem, truth_of_rows
+from bench.problem import IGNORE, Problem, Spec, make_problem, truth_of_rows
 from fastpo.memory import peak_bytes_of
 
 SAMPLED_ROWS = 32
-TINY = {"tokens": 64, "vocab": 512}
 
 
 def measure(contender: Contender, spec: Spec, device: torch.device, seconds: float) -> dict[str, Any]:
     """One row of the report, without its name. On a GPU, warm calls are repeated for about `seconds`."""
     if device.type == "cpu" and not contender.compiles:
         # Libraries load and thread pools start outside the measurement.
-        tiny = Spec(spec.work, hidden=spec.hidden, dtype=spec.dtype, **TINY)
+        tiny = Spec(spec.work, 64, spec.hidden, 512, spec.dtype)
         contender.run(make_problem(tiny, device))
     problem = make_problem(spec, device)
     row = _on_gpu(contender, problem, seconds) if device.type == "cuda" else _on_cpu(contender, problem)
     outcome = row.pop("outcome")
-    return row | sampled_error(problem, outcome)
+    return row | {"labelled": int((problem.labels != IGNORE).sum())} | sampled_error(problem, outcome)
 
 
 def _on_cpu(contender: Contender, problem: Problem) -> dict[str, Any]:
@@ -69,17 +69,17 @@ def _on_gpu(contender: Contender, problem: Problem, seconds: float) -> dict[str,
     contender.run(problem)
     torch.cuda.synchronize(device)
     first = time.perf_counter() - begun
-    warm, _ = call()
-    repeats = max(3, min(20, int(seconds / max(warm, 1e-6))))
-    times = [call()[0] for _ in range(repeats)]
     problem.clear()
-    outcomes: list[Outcome] = []
-    peak = peak_bytes_of(lambda: outcomes.append(contender.run(problem)), device)
+    warm: list[tuple[float, Outcome]] = []
+    peak = peak_bytes_of(lambda: warm.append(call()), device)
+    seconds_each, outcome = warm[0]
+    extra_bytes = max(0, peak - problem.required_bytes)
+    times = [call()[0] for _ in range(max(2, min(20, int(seconds / max(seconds_each, 1e-6)))))]
     return {
         "first_seconds": [first],
         "seconds": times,
-        "extra_bytes": max(0, peak - problem.required_bytes),
-        "outcome": outcomes[0],
+        "extra_bytes": extra_bytes,
+        "outcome": outcome,
     }
 
 
@@ -112,7 +112,7 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def _finite(number: float) -> float:
-    return number if number == number else float("inf")
+    return float("inf") if math.isnan(number) else number
 
 
 def gemm_ceiling(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:

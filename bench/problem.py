@@ -17,9 +17,9 @@ USEFUL_UNITS = {"forward": 1, "frozen": 2, "trainable": 3, "dpo_frozen": 3, "dpo
 BARE_UNITS = {"forward": 1, "frozen": 2, "trainable": 4, "dpo_frozen": 3, "dpo_trainable": 5}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
-CANDIDATES = 16
+CANDIDATES = 8
 TOP_LOGIT = 20.0
-BACKGROUND = 2.0
+ZIPF_SHIFT = 64
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class Problem(NamedTuple):
 def make_problem(spec: Spec, device: torch.device, seed: int = 0) -> Problem:
     """Data with a trained model's spread of logits, the same for every contender.
 
-    A row of the head has norm 1. A hidden state points to 16 candidate tokens, with logits 20 - 1.5 ln(rank), over a
-    background of standard deviation 2: an entropy of about 2 nats. Candidates are log-uniform in the token id, as
-    frequent tokens have low ids; the label is drawn from the candidates, 2 % of the labels from the whole vocabulary.
+    A row of the head has norm 1. A hidden state points to 8 candidate tokens, with logits about 20 - 1.5 ln(rank), over
+    a background of standard deviation 1 to 2. Candidates follow Zipf's law in the token id, as frequent tokens have low
+    ids; labels are drawn as the candidates are likely, 2 % of them from the whole vocabulary.
     """
     generator = torch.Generator(device).manual_seed(seed)
     length = min(512, spec.tokens // 2)
@@ -106,12 +106,14 @@ def make_problem(spec: Spec, device: torch.device, seed: int = 0) -> Problem:
 
     weight = normal(spec.vocab, spec.hidden).mul_(spec.hidden**-0.5).to(dtype)
     boosts = TOP_LOGIT - 1.5 * torch.arange(1, CANDIDATES + 1, device=device).log()
-    candidates = (spec.vocab ** uniform(tokens, CANDIDATES)).long().clamp_(max=spec.vocab - 1)
-    hidden = normal(tokens, spec.hidden).mul_(BACKGROUND)
-    for rank in range(CANDIDATES):
-        hidden.add_(weight[candidates[:, rank]].float(), alpha=float(boosts[rank]))
-    rank = torch.multinomial(boosts.softmax(0), tokens, replacement=True, generator=generator)
-    labels = candidates.gather(1, rank[:, None])[:, 0]
+    span = 1 + spec.vocab / ZIPF_SHIFT
+    candidates = (ZIPF_SHIFT * (span ** uniform(tokens, CANDIDATES) - 1)).long().clamp_(max=spec.vocab - 1)
+    hidden = normal(tokens, spec.hidden)
+    for column in range(CANDIDATES):
+        hidden.add_(weight[candidates[:, column]].float(), alpha=float(boosts[column]))
+    logits = torch.stack([(hidden * weight[ids].float()).sum(-1) for ids in candidates.unbind(1)], dim=1)
+    drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    labels = candidates.gather(1, drawn)[:, 0]
     anything = (uniform(tokens) * spec.vocab).long().clamp_(max=spec.vocab - 1)
     labels = torch.where(uniform(tokens) < 0.02, anything, labels).view(sequences, length)
     labels = labels.masked_fill(~_completion_mask(spec, uniform(sequences, 1), length), IGNORE)

@@ -132,15 +132,18 @@ class PreferenceConfig:
         return not self.reference_free and (self.reference_weight != 0 or self.contextual_scaling == "mallows")
 
 
+# Annotation -> what may be passed.
+_KINDS: dict[Any, tuple[type, ...]] = {
+    str: (str,),
+    bool: (bool,),
+    float: (float, int),
+    float | None: (float, int, type(None)),
+    dict | None: (dict, type(None)),
+}
+
+
 def _check_type(field: dataclasses.Field, value: Any) -> None:
-    kinds: dict[Any, tuple[type, ...]] = {
-        str: (str,),
-        bool: (bool,),
-        float: (float, int),
-        float | None: (float, int, type(None)),
-        dict | None: (dict, type(None)),
-    }
-    allowed = kinds[field.type]
+    allowed = _KINDS[field.type]
     if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
         names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in allowed)
         raise TypeError(f"{field.name} must be {names}, got {value!r} ({type(value).__name__})")

@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from typing import Literal, NamedTuple, TypedDict, Unpack
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -247,8 +247,9 @@ def _statistics(
     rows, ref_rows, weight, bias = _autocast(rows, ref_rows, weight, bias)
     order = options.vocab_order if options.skip_mass > 0 else None
     inputs = (rows, weight, labels.reshape(-1), bias, ref_rows, ends)
-    with torch.autocast(rows.device.type, enabled=False), torch.set_grad_enabled(
-        torch.is_grad_enabled() and mode != "no_grad"
+    with (
+        torch.autocast(rows.device.type, enabled=False),
+        torch.set_grad_enabled(torch.is_grad_enabled() and mode != "no_grad"),
     ):
         if impl == "reference":
             return _reference_statistics(*inputs, transform, options.ignore_index, kl)
@@ -273,7 +274,11 @@ def _reference_statistics(
     """The eager oracle, on the rows that count."""
     check_values(labels, ends, None, weight.shape[0], ignore_index)
     keep = labels != ignore_index
-    logit_options = {"logit_scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+    logit_options: dict[str, Any] = {
+        "logit_scale": transform.scale,
+        "softcap": transform.softcap,
+        "temperature": transform.temperature,
+    }
     none = hidden.new_empty(0)
 
     def spread(values: Tensor) -> Tensor:
@@ -292,9 +297,7 @@ def _reference_statistics(
         divergence = spread(linear_kl_reference(hidden[keep], ref_hidden[keep], weight, bias, **logit_options))
         seq_divergence = none if ends is None else segment_sum(divergence, ends)
     constants = [x.detach() for x in reference]
-    return Statistics(
-        logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *constants, *[none] * 6
-    )
+    return Statistics(logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *constants, *[none] * 6)
 
 
 def _autocast(
@@ -395,7 +398,12 @@ def _check_tensors(
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or 0 in weight.shape:
         raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}), got {tuple(weight.shape)}")
     vocab_size = weight.shape[0]
-    expected = {"labels": hidden.shape[:-1], "ref_hidden": hidden.shape, "bias": (vocab_size,), "vocab_order": (vocab_size,)}
+    expected = {
+        "labels": hidden.shape[:-1],
+        "ref_hidden": hidden.shape,
+        "bias": (vocab_size,),
+        "vocab_order": (vocab_size,),
+    }
     for name, shape in expected.items():
         if name in named and named[name].shape != shape:
             raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(named[name].shape)}")

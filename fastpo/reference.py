@@ -43,8 +43,9 @@ def linear_kl_reference(
 ) -> Tensor:
     """KL(policy || reference) over the vocabulary (N,), in nats, from full logits; arguments as above."""
     log_p = _log_probs(hidden, weight, bias, logit_scale, softcap, temperature)
-    log_q = _log_probs(ref_hidden, weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap,
-                       temperature)
+    log_q = _log_probs(
+        ref_hidden, weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature
+    )
     possible = log_p != -torch.inf
     ratio = torch.where(possible, log_p - torch.where(possible, log_q, 0), 0)
     return (torch.where(possible, log_p, -torch.inf).exp() * ratio).sum(-1)

@@ -5,7 +5,7 @@ is an op of its own, without a gradient: statistics are differentiable once.
 """
 
 import importlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -131,13 +131,13 @@ def check_values(labels: Tensor, ends: Tensor | None, order: Tensor | None, voca
 class _Rows(NamedTuple):
     """The rows that count: packed, or all of them, of which some are masked."""
 
-    index: Tensor | None  # (K,) int64 where packed
+    where: Tensor | None  # (K,) int64, where the packed rows were
     masked: bool  # whether rows that do not count are among them
     labels: Tensor  # (K,) int64 columns, as `Problem` wants them
     offsets: Tensor  # (S+1,) int64 boundaries of the sequences in these rows
 
     def take(self, x: Tensor) -> Tensor:
-        return x if self.index is None else x[self.index]
+        return x if self.where is None else x[self.where]
 
     def mask(self, x: Tensor) -> Tensor:
         """(K, ...) with 0 in the rows that do not count."""
@@ -145,9 +145,9 @@ class _Rows(NamedTuple):
 
     def spread(self, x: Tensor, m: int) -> Tensor:
         """(K, ...) back to (M, ...), 0 in the rows that do not count."""
-        if self.index is None:
+        if self.where is None:
             return self.mask(x)
-        return x.new_zeros((m, *x.shape[1:])).index_copy_(0, self.index, x)
+        return x.new_zeros((m, *x.shape[1:])).index_copy_(0, self.where, x)
 
     def gradient(self, tokens: Tensor | None, sequences: Tensor | None) -> Tensor | None:
         """(K,) upstream gradient of each row's statistic: its own (M,) plus its sequence's (S,)."""
@@ -161,20 +161,20 @@ class _Rows(NamedTuple):
 
 def _rows(labels: Tensor, ends: Tensor | None, order: Tensor | None, vocab_size: int, ignore_index: int) -> _Rows:
     counts = labels != ignore_index
-    index, masked, offsets = None, False, labels.new_zeros(1) if ends is None else ends
+    where, masked, offsets = None, False, labels.new_zeros(1) if ends is None else ends
     if capturing():
         possible = (labels >= 0) & (labels < vocab_size)
         labels, masked = torch.where(counts, torch.where(possible, labels, vocab_size), -1), True
     elif not bool(counts.all()):
-        index = counts.nonzero()[:, 0]
+        where = counts.nonzero()[:, 0]
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))[offsets]
-        labels = labels[index]
+        labels = labels[where]
     if order is not None:
         column_of = torch.empty(vocab_size + 2, dtype=torch.int64, device=labels.device)
         column_of[order] = torch.arange(vocab_size, device=labels.device)
         column_of[vocab_size], column_of[-1] = vocab_size, -1
         labels = column_of[labels]
-    return _Rows(index, masked, labels, offsets)
+    return _Rows(where, masked, labels, offsets)
 
 
 def _problem(
@@ -198,8 +198,9 @@ def _shapes(
     """Shape and dtype of each of `Statistics`, for `rows` rows that count."""
     m, v, dtype = hidden.shape[0], weight.shape[0], accumulator_dtype(hidden.dtype)
     block_rows, block_cols = _implementation(plan.impl).block_shape(hidden)
-    blocks = -(-v // block_cols)
-    stashed = min(rows, plan.memory_budget // (v * hidden.element_size())) if plan.mode == "stash" else 0
+    peaks = -(-v // _implementation(plan.impl).stash_step(hidden))
+    stash_row = v * hidden.element_size() + peaks * dtype.itemsize
+    stashed = min(rows, plan.memory_budget // stash_row) if plan.mode == "stash" else 0
     own, refs, kl = (True, reference, plan.kl)
     wanted: dict[str, tuple[bool, tuple[int, ...], torch.dtype]] = {
         "logps": (own, (m,), dtype),
@@ -216,8 +217,8 @@ def _shapes(
         "ref_lse": (refs, (m,), dtype),
         "unit": (plan.mode == "frozen", (rows, hidden.shape[1]), dtype),
         "stash": (stashed > 0, (stashed, v), hidden.dtype),
-        "stash_peak": (stashed > 0, (blocks, stashed), dtype),
-        "keep": (_skips(plan), (blocks, -(-rows // block_rows)), torch.bool),
+        "stash_peak": (stashed > 0, (peaks, stashed), dtype),
+        "keep": (_skips(plan), (-(-v // block_cols), -(-rows // block_rows)), torch.bool),
     }
     return {name: (shape if is_wanted else (0,), dtype) for name, (is_wanted, shape, dtype) in wanted.items()}
 
@@ -257,7 +258,7 @@ def _linear_statistics(
     count, sequences = rows.labels.shape[0], rows.offsets.shape[0] - 1
     shapes = _shapes(hidden, weight, sequences, ref_hidden is not None, m if static else count, plan)
     if count == 0:
-        return tuple(hidden.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values())
+        return cast(Any, tuple(hidden.new_zeros(shape, dtype=dtype) for shape, dtype in shapes.values()))
     problem = _problem(rows, hidden, weight, bias, ref_hidden, order, plan)
     stash_rows = min(shapes["stash"][0][0], count)
     answer: Answer = engine.forward(
@@ -279,7 +280,7 @@ def _linear_statistics(
         "stash_peak": None if answer.stash is None else answer.stash.peak,
         "keep": keep,
     }
-    return tuple(_fit(found.get(name), hidden, *shapes[name]) for name in Statistics._fields)
+    return cast(Any, tuple(_fit(found.get(name), hidden, *shapes[name]) for name in Statistics._fields))
 
 
 _PER_ROW, _PER_SEQUENCE = ("logps", "entropy", "lse"), ("seq_logps", "seq_entropy")
@@ -318,7 +319,7 @@ def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     needs = ctx.needs_input_grad
     needs_input = (needs[0], needs[1], needs[3])
-    upstream = Statistics(*grads)
+    upstream = Statistics(*cast(Any, grads))  # None where nothing arrived
     out = _linear_statistics_backward(
         *(upstream.logps, upstream.entropy, upstream.kl, upstream.seq_logps, upstream.seq_entropy, upstream.seq_kl),
         *ctx.saved_tensors, *needs_input, *ctx.plan,
@@ -377,7 +378,7 @@ def _linear_statistics_backward(
     nothing = hidden.new_empty(0)
     if count == 0:
         like = ((hidden, needs_hidden), (weight, needs_weight), (hidden if bias is None else bias, needs_bias))
-        return tuple(torch.zeros_like(x) if wanted else hidden.new_empty(0) for x, wanted in like)
+        return cast(Any, tuple(torch.zeros_like(x) if wanted else hidden.new_empty(0) for x, wanted in like))
     grads = Gradients(
         rows.gradient(grad_logps, grad_seq_logps),
         rows.gradient(grad_entropy, grad_seq_entropy),
@@ -403,7 +404,7 @@ def _linear_statistics_backward(
             d_hidden = from_tiles if d_hidden is None else d_hidden.add_(from_tiles)
     if d_hidden is not None:
         d_hidden = rows.spread(d_hidden.to(hidden.dtype), m)
-    return tuple(hidden.new_empty(0) if x is None else x for x in (d_hidden, d_weight, d_bias))
+    return cast(Any, tuple(hidden.new_empty(0) if x is None else x for x in (d_hidden, d_weight, d_bias)))
 
 
 @_linear_statistics_backward.register_fake

@@ -22,7 +22,7 @@ from fastpo.kernels.tiles import (
     RowStats,
     Stash,
     accumulator_dtype,
-    add_label_rows_,
+    finish_unit_,
     mm_into,
     segment_sum,
     upcast,
@@ -42,7 +42,7 @@ LOG2E = math.log2(math.e)
 class _Tile(NamedTuple):
     rows: slice
     cols: slice
-    index: int  # which column tile
+    number: int  # of the column tile
     weight: Tensor  # (C, D) the slice of the LM head, upcast where the device needs it
     bias: Tensor | None  # (C,)
     buffers: Tensor  # (2 to 4, R, C), to be overwritten
@@ -58,14 +58,14 @@ def _tiles(problem: Problem, *, buffers: int, split: int = 0) -> Iterator[_Tile]
     rows, cols = _tile_shape(problem)
     starts = sorted({*range(0, split, rows), *range(split, n, rows)})
     space = torch.empty(buffers, rows * cols, dtype=dtype, device=hidden.device)
-    for index, v0 in enumerate(range(0, v, cols)):
+    for number, v0 in enumerate(range(0, v, cols)):
         col = slice(v0, min(v0 + cols, v))
         width = col.stop - col.start
         weight, bias = problem.head(col)
         weight, bias = upcast(weight, dtype), None if bias is None else bias.to(dtype)
         for n0, n1 in zip(starts, [*starts[1:], n], strict=True):
             tile = space[:, : (n1 - n0) * width].view(buffers, n1 - n0, width)
-            yield _Tile(slice(n0, n1), col, index, weight, bias, tile)
+            yield _Tile(slice(n0, n1), col, number, weight, bias, tile)
 
 
 def _tile_shape(problem: Problem) -> tuple[int, int]:
@@ -131,8 +131,13 @@ class _Online:
 
 
 def block_shape(hidden: Tensor) -> tuple[int, int]:
-    """Rows and columns of a block of certified skipping; a column tile has at least so many columns."""
+    """Rows and columns of a block of certified skipping."""
     return 1, BLOCK
+
+
+def stash_step(hidden: Tensor) -> int:
+    """Columns for which a stash has room for a peak; tiles have at least as many."""
+    return BLOCK
 
 
 def forward(
@@ -172,7 +177,7 @@ def forward(
             reference.add(tile, tile.buffers[2], gap)
         if stash is not None and rows.stop <= stash_rows:
             stash.scaled[rows, tile.cols] = p
-            stash.peak[tile.index, rows] = policy.peak[rows]
+            stash.peak[tile.number, rows] = policy.peak[rows]
         if blocks is not None:
             first = tile.cols.start // BLOCK
             mass = _block_sums(p)
@@ -194,16 +199,6 @@ def forward(
         divergence = cross / policy.mass - (stats.lse - ref_stats.lse)
         seq_divergence = segment_sum(torch.where(problem.labels >= 0, divergence, 0), offsets)
     return Answer(stats, ref_stats, divergence, seq_divergence, expected, stash, blocks)
-
-
-def finish_unit_(expected: Tensor, problem: Problem, mass: Tensor, label_logit: Tensor) -> None:
-    """Turn sum_v e^(z - m) W_v, (N, D), into d logp / d hidden, in place."""
-    transform = problem.transform
-    expected.div_(mass[:, None]).neg_()
-    at_label = torch.ones_like(mass) if transform.softcap is None else transform.slope_(label_logit.clone())
-    add_label_rows_(expected, problem, at_label)
-    if transform.gain != 1.0:
-        expected.mul_(transform.gain)
 
 
 def _new_stash(problem: Problem, rows: int) -> Stash:
@@ -243,7 +238,7 @@ def backward(
             # log p from a rounded p: its error is absolute, 2^-9 in bf16, and only the entropy's gradient and a
             # softcap's slope read it.
             z.copy_(stash.scaled[rows, tile.cols]).clamp_(min=torch.finfo(torch.float32).tiny).log_()
-            z.add_(stash.peak[tile.index, rows, None])
+            z.add_(stash.peak[tile.number, rows, None])
         else:
             _logits(problem.hidden[rows], tile.weight, tile.bias, problem.transform, z)
         z_ref = None
@@ -289,7 +284,7 @@ class _Sums:
     def add(self, weight: Tensor, grad: Tensor, rows: slice | Tensor, cols: slice, hidden: Tensor) -> None:
         """Push d loss / d x (R, C) of a tile on. A gathered tile (rows is a tensor) is all there is of its columns."""
         gathered = isinstance(rows, Tensor)
-        first = gathered or rows.start == 0
+        first = isinstance(rows, Tensor) or rows.start == 0
         if first:
             self._open(weight, cols)
         if self.d_bias is not None:
@@ -303,7 +298,7 @@ class _Sums:
             mm_into(self.hidden[rows], grad, weight, accumulate=True)
         if self.d_weight is not None:
             mm_into(self.d_weight, grad.t(), hidden, accumulate=not first)
-        if gathered or rows.stop == self.n:
+        if isinstance(rows, Tensor) or rows.stop == self.n:
             self._close(cols)
 
     def _open(self, weight: Tensor, cols: slice) -> None:

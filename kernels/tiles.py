@@ -58,11 +58,6 @@ class Problem(NamedTuple):
         which = cols if self.order is None else self.order[cols]
         return self.weight[which], None if self.bias is None else self.bias[which]
 
-    def label_rows(self) -> Tensor:
-        """(N,) each label's row of the head; some row where there is no such label."""
-        labels = self.labels.clamp(0, self.weight.shape[0] - 1)
-        return labels if self.order is None else self.order[labels]
-
 
 class RowStats(NamedTuple):
     """Log-probability of the label, entropy and log-sum-exp of N rows, each (N,) fp32 (float64 for float64).
@@ -82,7 +77,7 @@ class Stash(NamedTuple):
 
     Attributes:
         scaled: (S, V) exp(logit - peak) in the inputs' dtype: relative precision does not depend on the logit's size.
-        peak: (T, S) fp32, what was subtracted in each of T column tiles.
+        peak: (T, S) fp32, what was subtracted in each column tile, or step of columns.
     """
 
     scaled: Tensor
@@ -159,9 +154,15 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def add_label_rows_(out: Tensor, problem: Problem, scale: Tensor) -> None:
-    """out[t] += scale[t] * weight[labels[t]], a block of rows at a time."""
-    which = problem.label_rows()
-    for first in range(0, out.shape[0], 1024):
+def finish_unit_(expected: Tensor, problem: Problem, mass: Tensor, label_logit: Tensor) -> None:
+    """Turn sum_v e^(z - m) W_v, (N, D), into d logp / d hidden, in place; mass (N,) = sum_v e^(z - m)."""
+    assert problem.order is None  # an order belongs to a backward that skips
+    transform = problem.transform
+    expected.div_(mass[:, None]).neg_()
+    at_label = torch.ones_like(mass) if transform.softcap is None else transform.slope_(label_logit.clone())
+    labels = problem.labels.clamp(0, problem.weight.shape[0] - 1)
+    for first in range(0, labels.shape[0], 1024):  # a block of the labels' rows of the head at a time
         rows = slice(first, first + 1024)
-        out[rows].addcmul_(problem.weight[which[rows]].to(out.dtype), scale[rows, None])
+        expected[rows].addcmul_(problem.weight[labels[rows]].to(expected.dtype), at_label[rows, None])
+    if transform.gain != 1.0:
+        expected.mul_(transform.gain)

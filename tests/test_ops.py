@@ -385,6 +385,6 @@ def test_sums_of_thousands_of_tokens_keep_the_tokens_exactness(impl: str) -> Non
 @pytest.mark.skipif(GPU, reason="a GPU runs its own tiles")
 @pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_fused_with_the_tiles_that_a_gpu_would_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    half = configs.CONFIGS[family][0]
-    monkeypatch.setitem(configs.CONFIGS, "interpreter", (half, half))
+    tiles = configs.FAMILIES[family]
+    monkeypatch.setitem(configs.FAMILIES, "interpreter", tiles._replace(single=tiles.square, single_small=tiles.dual))
     check(Case(seed=10, n=150, d=100, v=301, bias=True, softcap=10.0), "fused")
