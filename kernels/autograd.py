@@ -8,6 +8,7 @@ import importlib
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastpo.kernels import chunked
@@ -114,18 +115,24 @@ def capturing() -> bool:
 
 
 def check_values(labels: Tensor, ends: Tensor | None, order: Tensor | None, vocab_size: int, ignore_index: int) -> None:
-    """Raise ValueError for what only the tensors' contents can tell."""
+    """Raise ValueError for what only the tensors' contents can tell; waits for the device once."""
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab_size))
-    if bool(wrong.any()):
+    flags = [wrong.any()]
+    if ends is not None:
+        flags.append((ends[0] != 0) | (ends[-1] != labels.shape[0]) | (ends.diff() < 0).any())
+    if order is not None:
+        flags.append((order.sort().values != torch.arange(vocab_size, device=order.device)).any())
+    if not bool(torch.stack(flags).any()):
+        return
+    if flags[0]:
         raise ValueError(
             f"labels must lie in [0, {vocab_size}) or equal ignore_index={ignore_index}, got {labels[wrong][0].item()}"
         )
-    if ends is not None and (int(ends[0]) != 0 or int(ends[-1]) != labels.shape[0] or bool((ends.diff() < 0).any())):
+    if ends is not None and flags[1]:
         raise ValueError(
             f"cu_seqlens must start at 0, not decrease and end at N = {labels.shape[0]}, got {ends.tolist()}"
         )
-    if order is not None and not torch.equal(order.sort().values, torch.arange(vocab_size, device=order.device)):
-        raise ValueError(f"vocab_order must be a permutation of 0 .. {vocab_size - 1}")
+    raise ValueError(f"vocab_order must be a permutation of 0 .. {vocab_size - 1}, got {order}")
 
 
 class _Rows(NamedTuple):
@@ -167,7 +174,7 @@ def _rows(labels: Tensor, ends: Tensor | None, order: Tensor | None, vocab_size:
         labels, masked = torch.where(counts, torch.where(possible, labels, vocab_size), -1), True
     elif not bool(counts.all()):
         where = counts.nonzero()[:, 0]
-        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))[offsets]
+        offsets = F.pad(counts.cumsum(0), (1, 0))[offsets]
         labels = labels[where]
     if order is not None:
         column_of = torch.empty(vocab_size + 2, dtype=torch.int64, device=labels.device)

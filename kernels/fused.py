@@ -40,9 +40,9 @@ from fastpo.kernels.tiles import (
     mm_into,
 )
 
-# Elements of one slice of the plane: 64 MB in 16-bit, and still a large GEMM.
-SLICE_ELEMENTS = 1 << 25
-MAX_COLS = 8192
+# Elements of one slice of the plane: 128 MB in 16-bit. Each slice reads and writes the (N, D) sums once: few, wide ones.
+SLICE_ELEMENTS = 1 << 26
+MAX_COLS = 1 << 14
 # Slices start at multiples of it, and so at a tile's first column.
 SLICE_STEP = 256
 LOWEST = -1e30

@@ -4,6 +4,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
+
+
+# Before torch 2.12, addmm with an out_dtype wants the sum itself in the operands' dtype.
+_ADDS_INTO_FP32 = TorchVersion(torch.__version__) >= "2.12"
 
 
 class LogitTransform(NamedTuple):
@@ -148,6 +153,8 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
             out.addmm_(a, b)
         else:
             torch.mm(a, b, out=out)
+    elif accumulate and _ADDS_INTO_FP32:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     elif accumulate:
         out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
