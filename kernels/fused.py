@@ -40,7 +40,7 @@ from fastpo.kernels.tiles import (
     mm_into,
 )
 
-# Elements of one slice of the plane: 128 MB in 16-bit. Each slice reads and writes the (N, D) sums once: few, wide ones.
+# Elements of one slice of the plane, 128 MB in 16-bit: each slice reads and writes the (N, D) sums, so few, wide ones.
 SLICE_ELEMENTS = 1 << 26
 MAX_COLS = 1 << 14
 # Slices start at multiples of it, and so at a tile's first column.

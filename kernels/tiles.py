@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-
 # Before torch 2.12, addmm with an out_dtype wants the sum itself in the operands' dtype.
 _ADDS_INTO_FP32 = TorchVersion(torch.__version__) >= "2.12"
 
