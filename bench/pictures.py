@@ -75,6 +75,8 @@ def _draw_one(
         ax.set_title(f"{WORKS[work]}, D={next(iter(contenders.values()))[0]['hidden']}")
         ax.set_xlabel("tokens")
         ax.set_xscale("log", base=2)
+        ticks = sorted({row["tokens"] for rows in contenders.values() for row in rows})
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         if ceiling is None:
             ax.set_yscale("log")
         else:

@@ -156,11 +156,9 @@ class _Launch:
         may_measure = not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         return fastest(self.candidates, f"{kernel}, {self.key}", launch, may_measure=may_measure)
 
-    def arguments(self, config: TileConfig, part: _Slice, rows: dict[str, Tensor | None]) -> dict[str, Any]:
-        """Keyword arguments of a kernel over `rows`, name -> (N, D) or None, and a slice of the head."""
-        hidden = rows["hidden"]
-        assert hidden is not None
-        operands = {**{name: x for name, x in rows.items() if x is not None}, "weight": part.weight}
+    def arguments(self, config: TileConfig, part: _Slice, rows: dict[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of a kernel over `rows`, name -> (N, D), and a slice of the head."""
+        hidden, operands = rows["hidden"], {**rows, "weight": part.weight}
         # The slices of a head whose rows TMA can read, it can read too; only a caller's offset can break that.
         tma = self.tma and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands.values())
         height = {"weight": config.BLOCK_V}
@@ -273,10 +271,12 @@ def _forward(problem: Problem, offsets: Tensor, unit: bool, kl: bool, stash_rows
     stash = problem.hidden.new_empty((stash_rows, v)) if stash_rows else None
     for part in _slices(problem, width):
         here = slice(part.cols.start // config.BLOCK_V, triton.cdiv(part.cols.stop, config.BLOCK_V))
+        room = None if stash is None else stash[:, part.cols]
+        room = room if gradient is None else gradient.room(part)
         _launch_forward(
             launch, config, part, rows, labels - part.cols.start,
             partials.arguments(here), None if ref_partials is None else ref_partials.arguments(here, "ref_"),
-            None if part_gap is None else part_gap[here], stash if gradient is None else gradient.room(part),
+            None if part_gap is None else part_gap[here], room,
             slope=unit and problem.transform.softcap is not None,
         )  # fmt: skip
         if gradient is not None:
@@ -326,7 +326,7 @@ def _launch_forward(
     scaled: Tensor | None,
     slope: bool,
 ) -> None:
-    arguments = launch.arguments(config, part, dict(rows))
+    arguments = launch.arguments(config, part, rows)
     arguments |= {
         "labels": labels,
         **partials,
@@ -405,7 +405,7 @@ def _backward(
     def recompute(config: TileConfig, part: _Slice, out: Tensor, kept: Tensor | None) -> None:
         rest = slice(stashed, None)
         rows = {"hidden": hidden[rest], "ref_hidden": hidden[rest] if ref_hidden is None else ref_hidden[rest]}
-        arguments = launch.arguments(config, part, dict(rows))
+        arguments = launch.arguments(config, part, rows)
         arguments |= {name: x[rest] for name, x in per_row.items()} | flags
         backward_kernels.backward_kernel[launch.grid(arguments, persistent=False)](
             labels=labels[rest], keep=labels if kept is None else kept,
