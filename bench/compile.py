@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpo.kernels import backward_kernels, forward_kernels
-from fastpo.kernels.configs import DECAY, FAMILIES, PASS, PASS_WARPS, REDUCE, TileConfig, kept_constexprs
+from fastpo.kernels.configs import DECAY, FAMILIES, PASS, PASS_WARPS, REDUCE, SUM_ROWS, TileConfig, kept_constexprs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -99,6 +99,9 @@ def variants(target: str) -> Iterator[Variant]:
     for light in (True, False):
         yield from _with_products(target, "fp32", family.single, light=light, tma=False, skips=True)
         yield from _with_products(target, "fp32", family.single_small, light=light, tma=False, dual=True)
+    for dtype, skipping in (("bf16", family.square), ("fp32", family.single)):
+        for kernel in (backward_kernels.kept_hidden_kernel, backward_kernels.kept_weight_kernel):
+            yield Variant(kernel, target, dtype, "", kept_constexprs(skipping), skipping.options())
     for dtype, config in (("bf16", family.wide[0]), ("bf16", family.square), ("fp32", family.single)):
         yield from _without_products(target, dtype, config)
 
@@ -125,6 +128,7 @@ def _without_products(target: str, dtype: str, config: TileConfig) -> Iterator[V
     options = {"num_warps": PASS_WARPS, "num_stages": 2}
     for gap in (False, True):
         yield Variant(forward_kernels.reduce_kernel, target, dtype, "KL" * gap, {**REDUCE, "HAS_GAP": gap}, options)
+    yield Variant(forward_kernels.sequence_sum_kernel, target, dtype, "", {"BLOCK_R": SUM_ROWS}, options)
     tile = {**PASS, "TILE_V": config.BLOCK_V}
     yield Variant(backward_kernels.settle_kernel, target, dtype, "", tile, options)
     yield Variant(backward_kernels.decay_rows_kernel, target, dtype, "", dict(DECAY), options)
@@ -132,9 +136,6 @@ def _without_products(target: str, dtype: str, config: TileConfig) -> Iterator[V
         flags = {"HAS_LOGPS": True, "HAS_ENTROPY": entropy, "HAS_SOFTCAP": softcap}
         label = ", ".join(["entropy"] * entropy + ["softcap"] * softcap)
         yield Variant(backward_kernels.stash_backward_kernel, target, dtype, label, {**tile, **flags}, options)
-    if config != FAMILIES[target].wide[0]:
-        for kernel in (backward_kernels.kept_hidden_kernel, backward_kernels.kept_weight_kernel):
-            yield Variant(kernel, target, dtype, "", kept_constexprs(config), config.options())
 
 
 def compile_variant(variant: Variant) -> Report:

@@ -177,7 +177,7 @@ def joint_linear_logps(
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_logps`.
     """
-    chosen = _Options(**options)
+    chosen = _joint_options("joint_linear_logps", options)
     stats = _statistics(hidden, ref_hidden, weight, labels, bias, None, kl, chosen)
     policy, reference, divergence = (
         [x.view(labels.shape) for x in group]
@@ -209,7 +209,7 @@ def joint_linear_sequence_stats(
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_logps`.
     """
-    chosen = _Options(**options)
+    chosen = _joint_options("joint_linear_sequence_stats", options)
     ends = _sequence_ends(hidden, cu_seqlens)
     stats = _statistics(hidden, ref_hidden, weight, labels, bias, ends, kl, chosen)
     lengths = _lengths(labels, ends, chosen.ignore_index)
@@ -217,6 +217,13 @@ def joint_linear_sequence_stats(
     return JointStats(
         policy, _sequences(stats.ref_seq_logps, stats.ref_seq_entropy, lengths), stats.seq_kl if kl else None
     )
+
+
+def _joint_options(function: str, options: HeadOptions) -> _Options:
+    for name in options:
+        if name not in HeadOptions.__annotations__:
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
+    return _Options(**options)
 
 
 def _lengths(labels: Tensor, ends: Tensor, ignore_index: int) -> Tensor:
@@ -257,7 +264,9 @@ def _statistics(
             *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
             static=torch.compiler.is_compiling(),
         )  # fmt: skip
-        return linear_statistics(*inputs, order, plan)
+        stats = linear_statistics(*inputs, order, plan)
+    constants = {name: getattr(stats, name).detach() for name in Statistics._fields if name.startswith("ref_")}
+    return stats._replace(**constants)
 
 
 def _reference_statistics(

@@ -108,6 +108,7 @@ FAMILIES: dict[str, Family] = {
 REDUCE = {"BLOCK_R": 32, "BLOCK_T": 32}
 PASS = {"BLOCK_R": 16, "BLOCK_C": 128}
 DECAY = {"BLOCK_D": 1024}
+SUM_ROWS = 1024
 PASS_WARPS = 4
 
 

@@ -22,6 +22,7 @@ from fastpo.kernels.configs import (
     PASS,
     PASS_WARPS,
     REDUCE,
+    SUM_ROWS,
     Family,
     TileConfig,
     candidates,
@@ -369,7 +370,7 @@ def _sequence_sums(values: Tensor, labels: Tensor, offsets: Tensor) -> Tensor:
     sums = torch.empty(sequences, dtype=values.dtype, device=values.device)
     if sequences:
         forward_kernels.sequence_sum_kernel[(sequences,)](
-            values, labels, offsets, sums, BLOCK_R=1024, num_warps=PASS_WARPS
+            values, labels, offsets, sums, BLOCK_R=SUM_ROWS, num_warps=PASS_WARPS
         )
     return sums
 
@@ -394,6 +395,8 @@ def _backward(
     d_bias = problem.bias.new_empty(problem.bias.shape) if needs.bias and problem.bias is not None else None
     width = _slice_width(problem)
     buffer = hidden.new_empty(n * width)
+    # The KL's gradient reads the reference's logits, which are in no stash.
+    stash = stash if grads.kl is None else None
     stashed = 0 if stash is None else stash.scaled.shape[0]
     per_row = {
         "lse": policy.lse, "entropy": policy.entropy, "ref_lse": policy.lse if reference is None else reference.lse,
@@ -418,7 +421,7 @@ def _backward(
         part = next(_slices(problem, width))
         recompute(config, part, buffer[: n * part.weight.shape[0]].view(n, -1), None)
 
-    config = launch.choose("backward", trial)
+    config = launch.choose("backward", trial) if stashed < n else launch.candidates[0]
     for part in _slices(problem, width):
         out = buffer[: n * part.weight.shape[0]].view(n, -1)
         kept = None
