@@ -28,6 +28,7 @@ class Contender:
     package = "torch"  # the distribution whose version counts
     entropy = False  # the entropy is computed along
     full_logits = False  # holds (tokens, vocabulary) logits
+    summed = False  # a token work gives the gradient of a summed loss alone: not that of any function of log-probs
     compiles = False  # the first call compiles
     per_shape = False  # and so does the first at every shape
     fp32_statistics = False  # exact from low-precision inputs: the gate asks more of it

@@ -12,6 +12,7 @@ from bench.peers import (
     LigerChunkedDpo,
     LigerLinearCrossEntropy,
     TorchLinearCrossEntropy,
+    TorchSummedLinearCrossEntropy,
     TrlFusedHead,
 )
 from bench.problem import BETA, IGNORE, WORKS, Problem
@@ -91,6 +92,7 @@ CONTENDERS: dict[str, Contender] = {
     "fastpo skip 1e-3": Fastpo("lean", TRAINABLE_WORKS, skip_mass=1e-3),
     "fastpo chunked": Fastpo("auto", WORKS, impl="chunked"),
     "torch linear_cross_entropy": TorchLinearCrossEntropy(),
+    "torch linear_cross_entropy, summed": TorchSummedLinearCrossEntropy(),
     "TRL fused head": TrlFusedHead(),
     "Liger linear_cross_entropy": LigerLinearCrossEntropy(),
     "Liger chunked DPO": LigerChunkedDpo(),

@@ -1,7 +1,7 @@
-"""The peers, each called the way that suits it best.
+"""The peers, each called the way that suits it best: completion tokens only, and no entropy where it costs.
 
-Completion tokens only, no entropy where it costs, and a summed loss where a library may then form its gradients ahead
-of the backward.
+A library that is told of a summed loss may form its gradients ahead of the backward. That is less than log-probs with
+any gradient behind them, which is what a preference loss needs, so such a call is a contender of its own, marked.
 """
 
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ TOKEN_WORKS = ("forward", "frozen", "trainable")
 
 
 class TorchLinearCrossEntropy(Contender):
-    """`torch.nn.functional.linear_cross_entropy`: a summed loss forms its gradients in the forward."""
+    """`torch.nn.functional.linear_cross_entropy` with 256-row chunks."""
 
     def unavailable(self, device: torch.device) -> str | None:
         return None if hasattr(F, "linear_cross_entropy") else f"not in torch {torch.__version__}"
@@ -30,9 +30,14 @@ class TorchLinearCrossEntropy(Contender):
     def token_logps(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         return -self._nll(hidden, weight, labels, "none"), None
 
+
+class TorchSummedLinearCrossEntropy(TorchLinearCrossEntropy):
+    """The same with its summed loss, for which it forms the gradients in the forward."""
+
+    summed = True
+    works = ("frozen", "trainable")
+
     def token_outcome(self, problem: Problem) -> Outcome:
-        if problem.spec.work == "forward":
-            return super().token_outcome(problem)
         rows, labels = problem.rows(problem.hidden)
         return Outcome(self._nll(rows, problem.weight, labels, "sum"))
 
@@ -58,6 +63,7 @@ class LigerLinearCrossEntropy(Contender):
     """`LigerFusedLinearCrossEntropyLoss`: gradients in the forward, a summed loss."""
 
     package = "liger_kernel"
+    summed = True
     works = TOKEN_WORKS
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -132,9 +138,3 @@ class CutCrossEntropy(Contender):
 
     def token_logps(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
         return -self._nll(hidden, weight, labels, "none"), None
-
-    def token_outcome(self, problem: Problem) -> Outcome:
-        if problem.spec.work == "forward":
-            return super().token_outcome(problem)
-        rows, labels = problem.rows(problem.hidden)
-        return Outcome(self._nll(rows, problem.weight, labels, "sum"))

@@ -40,8 +40,11 @@ def _sections(result: dict[str, Any], *, every: bool) -> Iterator[str]:
     groups = [list(rows) for _, rows in groupby(result["rows"], key=lambda row: [row[key] for key in GROUP])]
     shown = [rows for rows in groups if every or rows[0]["main"]]
     if verdicts := [line for rows in shown for line in _verdicts(rows, unit[0] == "ms")]:
-        yield "| fastpo | work | tokens | / bare GEMM | / eager | / fastest peer without full logits | memory / eager |"
-        yield "|---|---|---|---|---|---|---|"
+        yield (
+            "| fastpo | work | tokens | / bare GEMM | / eager | / fastest peer without full logits "
+            "| / fastest summed loss | memory / eager |"
+        )
+        yield "|---|---|---|---|---|---|---|---|"
         yield from verdicts
         yield ""
     for rows in shown:
@@ -73,7 +76,7 @@ def _table(rows: list[Row], unit: str, scale: float) -> Iterator[str]:
     )
     is_dpo = first["work"].startswith("dpo")
     yield (
-        f"| contender | first call {unit} | / bare | warm {unit} | min..max | / bare | extra MB | entropy "
+        f"| contender | first call {unit} | / bare | warm {unit} | min..max | / bare | extra MB | gives "
         f"| full logits | {'loss error*' if is_dpo else 'log-prob error'} | dh error{'*' * is_dpo} |"
     )
     yield "|---|---|---|---|---|---|---|---|---|---|---|"
@@ -91,7 +94,7 @@ def _table(rows: list[Row], unit: str, scale: float) -> Iterator[str]:
             f"{row['min'] * scale:.3g}..{row['max'] * scale:.3g}",
             f"{row['median'] / bare['median']:.2f}" if bare else "",
             f"{row['extra_bytes'] / 1e6:.0f}",
-            "yes" if row["entropy"] else "no",
+            _gives(row),
             "yes" if row["full_logits"] else "no",
             _number(errors.get("loss") if is_dpo else row["error_logps"]),
             _number(errors.get("hidden_grad") if is_dpo else row["error_hidden_grad"]),
@@ -101,10 +104,14 @@ def _table(rows: list[Row], unit: str, scale: float) -> Iterator[str]:
 
 
 def _verdicts(rows: list[Row], on_gpu: bool) -> Iterator[str]:
-    """fastpo's modes against the others of one point: ratios of a first call and of a warm one (a GPU's: warm)."""
+    """fastpo's modes against the others of one point: ratios of a first call and of a warm one (a GPU's: warm).
+
+    A contender that gives a summed loss alone is no peer at log-probs; it has a column of its own.
+    """
     done = {row["contender"]: row for row in rows if "median" in row}
     peers = [row for row in done.values() if row["package"] != "fastpo" and row["contender"] != "bare GEMM"]
-    frugal = [row for row in peers if not row["full_logits"]]
+    frugal = [row for row in peers if not row["full_logits"] and not row["summed"]]
+    summed = [row for row in peers if not row["full_logits"] and row["summed"]]
     eager = done.get("eager")
 
     def ratio(row: Row, others: list[Row]) -> str:
@@ -120,7 +127,7 @@ def _verdicts(rows: list[Row], on_gpu: bool) -> Iterator[str]:
         bare = [done["bare GEMM"]] if "bare GEMM" in done else []
         yield (
             f"| {row['contender'].removeprefix('fastpo ')} | {row['work']} | {row['tokens']} | {ratio(row, bare)} "
-            f"| {ratio(row, [eager] if eager else [])} | {ratio(row, frugal)} | {memory} |"
+            f"| {ratio(row, [eager] if eager else [])} | {ratio(row, frugal)} | {ratio(row, summed)} | {memory} |"
         )
 
 
@@ -141,6 +148,14 @@ def _accuracy(found: dict[str, Any]) -> Iterator[str]:
         against = f"{row['max'] / best:.0f}" if best else ""
         yield f"| {name} | {row['rms']:.1e} | {row['max']:.1e} | {against} |"
     yield ""
+
+
+def _gives(row: Row) -> str:
+    if row["contender"] == "bare GEMM":
+        return "nothing"
+    if row["summed"] or row["work"].startswith("dpo"):
+        return "a loss"
+    return "log-probs, entropy" if row["entropy"] else "log-probs"
 
 
 def _number(value: float | None) -> str:

@@ -211,7 +211,7 @@ class Session:
             rows.append(
                 fields
                 | {"contender": name, "package": contender.package}
-                | {"entropy": contender.entropy, "full_logits": contender.full_logits}
+                | {"entropy": contender.entropy, "full_logits": contender.full_logits, "summed": contender.summed}
                 | result
                 | _summary(result)
                 | {"gate_errors": self.gate.get(name, {}).get(spec.work, {}).get("errors", {})}
