@@ -211,7 +211,11 @@ class Session:
             rows.append(
                 fields
                 | {"contender": name, "package": contender.package}
-                | {"entropy": contender.entropy, "full_logits": contender.full_logits, "summed": contender.summed}
+                | {
+                    "entropy": contender.entropy,
+                    "full_logits": contender.full_logits,
+                    "summed": contender.summed and spec.work != "forward",
+                }
                 | result
                 | _summary(result)
                 | {"gate_errors": self.gate.get(name, {}).get(spec.work, {}).get("errors", {})}

@@ -259,12 +259,13 @@ def _statistics(
         torch.set_grad_enabled(torch.is_grad_enabled() and mode != "no_grad"),
     ):
         if impl == "reference":
-            return _reference_statistics(*inputs, transform, options.ignore_index, kl)
-        plan = Plan(
-            *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
-            static=torch.compiler.is_compiling(),
-        )  # fmt: skip
-        stats = linear_statistics(*inputs, order, plan)
+            stats = _reference_statistics(*inputs, transform, options.ignore_index, kl)
+        else:
+            plan = Plan(
+                *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
+                static=torch.compiler.is_compiling(),
+            )  # fmt: skip
+            stats = linear_statistics(*inputs, order, plan)
     constants = {name: getattr(stats, name).detach() for name in Statistics._fields if name.startswith("ref_")}
     return stats._replace(**constants)
 
@@ -299,14 +300,13 @@ def _reference_statistics(
         return tokens[0], tokens[1], sums[0], sums[1]
 
     logps, entropy, seq_logps, seq_entropy = both(hidden)
-    reference = (none,) * 4 if ref_hidden is None else both(ref_hidden.detach())
+    reference = (none,) * 4 if ref_hidden is None else both(ref_hidden)
     divergence = seq_divergence = none
     if kl:
         assert ref_hidden is not None
         divergence = spread(linear_kl_reference(hidden[keep], ref_hidden[keep], weight, bias, **logit_options))
         seq_divergence = none if ends is None else segment_sum(divergence, ends)
-    constants = [x.detach() for x in reference]
-    return Statistics(logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *constants, *[none] * 6)
+    return Statistics(logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *reference, *[none] * 6)
 
 
 def _autocast(

@@ -22,6 +22,7 @@ from fastpo.kernels.tiles import (
     RowStats,
     Stash,
     accumulator_dtype,
+    capturing,
     refuse_double_backward,
 )
 
@@ -107,11 +108,6 @@ def linear_statistics(
 
 def _implementation(name: str) -> Any:
     return chunked if name == "chunked" else importlib.import_module("fastpo.kernels.fused")
-
-
-def capturing() -> bool:
-    """Whether a CUDA graph is being recorded: then nothing may depend on what a tensor holds."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_values(labels: Tensor, ends: Tensor | None, order: Tensor | None, vocab_size: int, ignore_index: int) -> None:

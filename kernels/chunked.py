@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpo.kernels.tiles import (
+    LOWEST,
     Answer,
     Gradients,
     LogitTransform,
@@ -34,8 +35,6 @@ MAX_ROWS = {"cpu": 2048, "cuda": 8192}
 MAX_COLS = 8192
 # Columns in a block of certified skipping; tiles are multiples of it.
 BLOCK = 256
-# Stands for -inf and for "no logit seen yet": finite, so that differences of two of them are 0 rather than NaN.
-LOWEST = -1e30
 LOG2E = math.log2(math.e)
 
 
@@ -283,14 +282,13 @@ class _Sums:
 
     def add(self, weight: Tensor, grad: Tensor, rows: slice | Tensor, cols: slice, hidden: Tensor) -> None:
         """Push d loss / d x (R, C) of a tile on. A gathered tile (rows is a tensor) is all there is of its columns."""
-        gathered = isinstance(rows, Tensor)
         first = isinstance(rows, Tensor) or rows.start == 0
         if first:
             self._open(weight, cols)
         if self.d_bias is not None:
             self.d_bias += grad.sum(0)
         grad = grad.to(weight.dtype)
-        if self.hidden is not None and gathered:
+        if self.hidden is not None and isinstance(rows, Tensor):
             part = self.hidden[rows]
             mm_into(part, grad, weight, accumulate=True)
             self.hidden[rows] = part

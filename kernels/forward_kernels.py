@@ -33,6 +33,16 @@ def _write_partials(
 
 
 @triton.jit
+def _write_stash(p, z, rows, cols, V, stash, stride_sn, stash_rows, softcap, inv_temperature, SLOPE: tl.constexpr):
+    """Store p of the first stash_rows rows in stash (stash_rows, V); with SLOPE, times 1 - tanh^2."""
+    if SLOPE:
+        t = tl.maximum(z * (1.0 / (softcap * inv_temperature)), -1.0)  # past V, z is LOWEST
+        p *= 1.0 - t * t
+    at = stash + rows.to(tl.int64)[:, None] * stride_sn + cols[None, :]
+    tl.store(at, p.to(stash.dtype.element_ty), mask=(rows < stash_rows)[:, None] & (cols[None, :] < V))
+
+
+@triton.jit
 def _forward_tile(
     pid, num_rows, num_cols, hidden, weight, bias, labels, part_max, part_sum, part_moment, label_logit, stash,
     N, V, D, stride_hn, stride_wv, stride_sn, stash_rows,
@@ -52,11 +62,7 @@ def _forward_tile(
     z = tl.where(cols[None, :] < V, z, LOWEST)
     p = _write_partials(z, rows, cols, col_tile, N, labels, part_max, part_sum, part_moment, label_logit, BLOCK_V)
     if STASH:
-        if SLOPE:
-            t = tl.maximum(z * (1.0 / (softcap * inv_temperature)), -1.0)  # past V, z is LOWEST
-            p *= 1.0 - t * t
-        at = stash + rows.to(tl.int64)[:, None] * stride_sn + cols[None, :]
-        tl.store(at, p.to(stash.dtype.element_ty), mask=(rows < stash_rows)[:, None] & (cols[None, :] < V))
+        _write_stash(p, z, rows, cols, V, stash, stride_sn, stash_rows, softcap, inv_temperature, SLOPE)
 
 
 @triton.jit
@@ -125,11 +131,7 @@ def _joint_forward_tile(
     p = _write_partials(z, rows, cols, col_tile, N, labels, part_max, part_sum, part_moment, label_logit, BLOCK_V)
     tl.store(part_gap + col_tile.to(tl.int64) * N + rows, tl.sum(p * (z - y), axis=1), mask=rows < N)
     if STASH:
-        if SLOPE:
-            t = tl.maximum(z * (1.0 / (softcap * inv_temperature)), -1.0)  # past V, z is LOWEST
-            p *= 1.0 - t * t
-        at = stash + rows.to(tl.int64)[:, None] * stride_sn + cols[None, :]
-        tl.store(at, p.to(stash.dtype.element_ty), mask=(rows < stash_rows)[:, None] & (cols[None, :] < V))
+        _write_stash(p, z, rows, cols, V, stash, stride_sn, stash_rows, softcap, inv_temperature, SLOPE)
 
 
 @triton.jit

@@ -31,12 +31,14 @@ from fastpo.kernels.configs import (
     skipping_config,
 )
 from fastpo.kernels.tiles import (
+    LOWEST,
     Answer,
     Gradients,
     Needs,
     Problem,
     RowStats,
     Stash,
+    capturing,
     finish_unit_,
     mm_into,
 )
@@ -46,7 +48,6 @@ SLICE_ELEMENTS = 1 << 26
 MAX_COLS = 1 << 14
 # Slices start at multiples of it, and so at a tile's first column.
 SLICE_STEP = 256
-LOWEST = -1e30
 
 
 def interpreting() -> bool:
@@ -154,8 +155,7 @@ class _Launch:
         self.key = f"{self.dtype}, D={hidden.shape[1]}, V={weight.shape[0]}, N=2^{hidden.shape[0].bit_length()}"
 
     def choose(self, kernel: str, launch: Callable[[TileConfig], None]) -> TileConfig:
-        may_measure = not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-        return fastest(self.candidates, f"{kernel}, {self.key}", launch, may_measure=may_measure)
+        return fastest(self.candidates, f"{kernel}, {self.key}", launch, may_measure=not capturing())
 
     def arguments(self, config: TileConfig, part: _Slice, rows: dict[str, Tensor]) -> dict[str, Any]:
         """Keyword arguments of a kernel over `rows`, name -> (N, D), and a slice of the head."""

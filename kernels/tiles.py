@@ -10,6 +10,10 @@ from torch.torch_version import TorchVersion
 _ADDS_INTO_FP32 = TorchVersion(torch.__version__) >= "2.12"
 
 
+# Stands for -inf and for "no logit seen yet": finite, so that differences of two of them are 0 rather than NaN.
+LOWEST = -1e30
+
+
 class LogitTransform(NamedTuple):
     """logits = softcap * tanh(scale * x / softcap) / temperature of the raw projection x = hidden @ weight.T + bias."""
 
@@ -122,6 +126,11 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+
+
+def capturing() -> bool:
+    """Whether a CUDA graph is being recorded: then nothing may depend on what a tensor holds."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_double_backward() -> None:
