@@ -64,8 +64,8 @@ class Fastpo(Contender):
             policy = fastpo.linear_sequence_stats(hidden, weight, labels, **options, **self._skipping())
         else:
             policy, ref, _ = fastpo.joint_linear_sequence_stats(hidden, reference, weight, labels, **options)
-        chosen, rejected = _halves(policy)
-        ref_chosen, ref_rejected = _halves(ref)
+        chosen, rejected = policy.split()
+        ref_chosen, ref_rejected = ref.split()
         config = fastpo.PreferenceConfig(beta=BETA)
         loss: Tensor = fastpo.preference_loss(
             chosen, rejected, config, ref_chosen=ref_chosen, ref_rejected=ref_rejected
@@ -76,11 +76,6 @@ class Fastpo(Contender):
         return fastpo.linear_sequence_stats(
             problem.hidden, problem.weight, problem.labels, **self._options(problem)
         ).logps
-
-
-def _halves(stats: fastpo.SequenceStats) -> tuple[fastpo.SequenceStats, fastpo.SequenceStats]:
-    pairs = [field.chunk(2) for field in stats]
-    return fastpo.SequenceStats(*(a for a, _ in pairs)), fastpo.SequenceStats(*(b for _, b in pairs))
 
 
 CONTENDERS: dict[str, Contender] = {

@@ -3,12 +3,24 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastpo.config import PreferenceConfig
-from fastpo.losses import preference_loss
+from fastpo.config import BetaHeadConfig, PreferenceConfig
+from fastpo.heads import BetaHead, DiscoHead
+from fastpo.losses import preference_loss, reward_model_loss
 from fastpo.ops import joint_linear_logps, joint_linear_sequence_stats, linear_logps, linear_sequence_stats
-from fastpo.types import JointStats, LossOutput, PreferenceBatch, SequenceStats, TokenStats
+from fastpo.regularizers import regularizer_loss
+from fastpo.types import (
+    ExtendedSequenceStats,
+    ExtendedTokenStats,
+    JointStats,
+    LossOutput,
+    PreferenceBatch,
+    SequenceStats,
+    StepTotals,
+    TokenStats,
+)
 
 if TYPE_CHECKING:
+    from fastpo.architecture import load_heads
     from fastpo.arguments import PreferenceTrainingArguments
     from fastpo.data import PreferenceCollator
     from fastpo.trainer import PreferenceTrainer
@@ -18,9 +30,15 @@ _TRAINER_SIDE = {
     "PreferenceCollator": "fastpo.data",
     "PreferenceTrainer": "fastpo.trainer",
     "PreferenceTrainingArguments": "fastpo.arguments",
+    "load_heads": "fastpo.architecture",
 }
 
 __all__ = [
+    "BetaHead",
+    "BetaHeadConfig",
+    "DiscoHead",
+    "ExtendedSequenceStats",
+    "ExtendedTokenStats",
     "JointStats",
     "LossOutput",
     "PreferenceBatch",
@@ -29,12 +47,16 @@ __all__ = [
     "PreferenceTrainer",
     "PreferenceTrainingArguments",
     "SequenceStats",
+    "StepTotals",
     "TokenStats",
     "joint_linear_logps",
     "joint_linear_sequence_stats",
     "linear_logps",
     "linear_sequence_stats",
+    "load_heads",
     "preference_loss",
+    "regularizer_loss",
+    "reward_model_loss",
 ]
 
 

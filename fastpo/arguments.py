@@ -8,18 +8,20 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from fastpo.config import PreferenceConfig, option
-from fastpo.stages import STAGES
+from fastpo.config import PROMPT_FEATURES, PreferenceConfig, option
+from fastpo.stages import HEAD_STAGES, STAGES
+
+_DICTIONARIES = ("pref_loss_type", "beta_head_config", "regularizers", "beta_schedule")
 
 # PreferenceConfig is frozen and TrainingArguments is not, so the one cannot inherit from the other: its fields are
 # laid out again here, in one place, from the same definition.
-_ObjectiveFields = dataclasses.make_dataclass(
-    "_ObjectiveFields",
+ObjectiveFields = dataclasses.make_dataclass(
+    "ObjectiveFields",
     [
         # A dictionary comes from the command line as JSON text.
         (
             f.name,
-            dict | str | None if f.type == dict | None else f.type,
+            dict | str | None if f.name in _DICTIONARIES else f.type,
             dataclasses.field(default=f.default, metadata=f.metadata),
         )
         for f in dataclasses.fields(PreferenceConfig)
@@ -29,7 +31,7 @@ OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(PreferenceConfig))
 
 
 @dataclass
-class PreferenceTrainingArguments(_ObjectiveFields, TrainingArguments):  # type: ignore[misc, valid-type]
+class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: ignore[misc, valid-type]
     """Arguments of `PreferenceTrainer`: everything of `transformers.TrainingArguments`, the fields of
     `PreferenceConfig`, flat and under the same names, and those below.
 
@@ -48,8 +50,6 @@ class PreferenceTrainingArguments(_ObjectiveFields, TrainingArguments):  # type:
     remove_unused_columns: bool = option(False, "Kept off: the collator picks its columns.")
 
     def __post_init__(self) -> None:
-        for name in ("beta_head_config", "regularizers", "beta_schedule"):
-            setattr(self, name, parse_dict(name, getattr(self, name)))
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
         if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
@@ -59,12 +59,34 @@ class PreferenceTrainingArguments(_ObjectiveFields, TrainingArguments):  # type:
                 "label_smoothing_factor must be 0 here (the objective has label_smoothing), "
                 f"got {self.label_smoothing_factor!r}"
             )
-        self.preference_config = PreferenceConfig(**{name: getattr(self, name) for name in OBJECTIVE_NAMES})
+        self.preference_config = build_objective(self, self.stage)
         # The batch has no field of the name `labels`; None would have the Trainer guess from the model's forward.
         self.label_names: list[str] = []
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch warns at every loader
         super().__post_init__()
+
+
+def build_objective(fields: Any, stage: str) -> PreferenceConfig:
+    """The objective that flat fields state; dictionaries given as JSON are parsed in place.
+
+    Raises:
+        TypeError, ValueError: as `PreferenceConfig`; or a head or regularisers that stage or beta_mode cannot use.
+    """
+    for name in _DICTIONARIES:
+        value = getattr(fields, name)
+        if name != "pref_loss_type" or str(value).lstrip().startswith("{"):
+            setattr(fields, name, parse_dict(name, value))
+    objective = PreferenceConfig(**{name: getattr(fields, name) for name in OBJECTIVE_NAMES})
+    for name, stages in HEAD_STAGES.items():
+        if getattr(objective, f"add_{name}") and stage not in stages:
+            raise ValueError(f"add_{name} belongs to stages {', '.join(stages)}, got stage={stage!r}")
+    if objective.regularizers and objective.beta_mode != "dynamic_scaling":
+        raise ValueError(
+            f"regularizers act on a learned beta: they must be None with beta_mode={objective.beta_mode!r}, "
+            f"got {objective.regularizers!r}"
+        )
+    return objective
 
 
 def parse_dict(name: str, value: Any) -> dict | None:
@@ -80,3 +102,15 @@ def parse_dict(name: str, value: Any) -> dict | None:
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a dictionary, got {value!r}")
     return parsed
+
+
+def own_columns(args: PreferenceTrainingArguments) -> tuple[str, ...]:
+    """The dataset's own columns that the objective may read, where they are there."""
+    if args.stage != "dpo":
+        return ()
+    objective, columns = args.preference_config, ["context_scale", "pair_weight"]
+    if objective.beta_mode == "dynamic_scaling":
+        columns += [f"prompt_{name}" for name in PROMPT_FEATURES]
+    if "confidence" in objective.regularizer_weights:
+        columns += ["score_chosen", "score_rejected"]
+    return tuple(columns)

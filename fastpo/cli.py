@@ -1,4 +1,4 @@
-"""The `fastpo` command: train, eval, demo."""
+"""The `fastpo` command: train, eval, explain, methods, demo."""
 
 import argparse
 import logging
@@ -11,17 +11,19 @@ INPUT_ERRORS = (ValueError, TypeError, OSError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for bad input, 2 for bad usage."""
     parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation without logits in memory.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,explain,methods,demo}")
     for name, text in (
         ("train", "train what a recipe says; any of its keys can be overridden: --key value"),
         ("eval", "evaluate the model that a recipe left in its output_dir"),
+        ("explain", "say what a recipe optimises, in words and as a formula; needs no model and no data"),
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("recipe", help="YAML file")
+    commands.add_parser("methods", help="list the presets: formula, source and settings")
     demo = commands.add_parser("demo", help="sft and dpo of a tiny Qwen3 on generated data, in minutes on a CPU")
     demo.add_argument("--output_dir", default="runs/demo")
     arguments, overrides = parser.parse_known_args(argv)
-    if overrides and arguments.command == "demo":
+    if overrides and arguments.command in ("demo", "methods"):
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
     logging.basicConfig(level=logging.INFO, format="fastpo: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -29,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastpo.demo import run_demo
 
         return _reporting_bad_input(lambda: run_demo(arguments.output_dir))
-    return {"train": _train, "eval": _eval}[arguments.command](arguments.recipe, overrides)
+    if arguments.command == "methods":
+        return _methods()
+    return {"train": _train, "eval": _eval, "explain": _explain}[arguments.command](arguments.recipe, overrides)
 
 
 def _train(path: str, overrides: list[str]) -> int:
@@ -68,6 +72,27 @@ def _eval(path: str, overrides: list[str]) -> int:
             print(f"{name:32} {value:.4f}")
 
     return _reporting_bad_input(evaluate)
+
+
+def _explain(path: str, overrides: list[str]) -> int:
+    def explain_recipe() -> None:
+        from fastpo.explain import explain
+        from fastpo.recipe import parse_objective
+
+        print(explain(*parse_objective(path, overrides)))
+
+    return _reporting_bad_input(explain_recipe)
+
+
+def _methods() -> int:
+    from fastpo.methods import METHODS
+
+    print("preset: NAME in a recipe, or PreferenceConfig.preset(NAME). b: beta, h: difference of log-ratios,")
+    print("h_w, h_l: log-ratios of chosen and rejected, _bar: mean per token. Whatever is not set is at its default.")
+    for name, method in METHODS.items():
+        settings = ", ".join(f"{key}={value!r}" for key, value in method.settings.items())
+        print(f"\n{name:16} {method.formula}\n{'':16} {method.source}\n{'':16} {settings or 'defaults'}")
+    return 0
 
 
 def _reporting_bad_input(work: Callable[[], object]) -> int:

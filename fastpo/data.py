@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
@@ -22,7 +22,11 @@ logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 Text = str | Messages
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "index", "context_scale")
+# Columns of the caller's own that travel to the loss, of numbers and of vectors; see `PreferenceBatch`.
+NUMBER_COLUMNS = (
+    "context_scale", "pair_weight", "score_chosen", "score_rejected", "prompt_perplexity", "prompt_entropy",
+)  # fmt: skip
+VECTOR_COLUMNS = ("prompt_hidden",)
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 HH_ASSISTANT = "\n\nAssistant:"
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -213,9 +217,9 @@ def _diagnose_json(name: str) -> str | None:
 
 def tokenize_dataset(
     dataset: Dataset, tokenizer: Any, *, stage: str, max_length: int, source: str, skip_bad_rows: bool = False,
-    num_proc: int | None = None,
+    num_proc: int | None = None, own_columns: Sequence[str] = ("context_scale", "pair_weight"),
 ) -> Dataset:  # fmt: skip
-    """Columns prompt_ids, chosen_ids, (rejected_ids,) index, (context_scale); already tokenised data passes through.
+    """Columns prompt_ids, chosen_ids, (rejected_ids,) index, own_columns; already tokenised data passes through.
 
     A prompt keeps its last tokens and a completion its first ones: where both do not fit into max_length, the prompt
     gets what the longer completion leaves, but at least half. Chosen and rejected see the same prompt.
@@ -230,6 +234,7 @@ def tokenize_dataset(
             raise ValueError(f"{source} must have rejected_ids beside chosen_ids, got {', '.join(columns)}")
         return dataset if "index" in columns else dataset.add_column("index", list(range(len(dataset))))
     form = find_form(columns, stage, source)
+    own = {name: [0.0] if name in VECTOR_COLUMNS else 0.0 for name in own_columns if name in columns}
 
     def convert(row: dict[str, Any], position: int) -> dict[str, Any]:
         # A split keeps its rows' numbers in the file; anything else called index is the caller's own.
@@ -240,21 +245,16 @@ def tokenize_dataset(
             if stage == "sft":
                 pair = pair._replace(rejected=None)
             tokens = tokenize_pair(pair, tokenizer, max_length)
-            if "context_scale" in row:
-                scale = row["context_scale"]
-                if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-                    raise BadRowError(f"'context_scale' must be a finite number, got {_shown(scale)}")
-                tokens["context_scale"] = float(scale)
+            tokens |= {name: _numbers(name, row[name], name in VECTOR_COLUMNS) for name in own}
         except BadRowError as error:
-            return empty | ({"context_scale": 0.0} if "context_scale" in row else {}) | {"problem": str(error)}
+            return empty | own | {"problem": str(error)}
         return empty | tokens
 
     # Types stated, not taken from the first thousand rows; no cache, whose key does not see this module's code.
     ids = List(Value("int64"))
     features = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "index": Value("int64")}
     features["problem"] = Value("string")
-    if "context_scale" in columns:
-        features["context_scale"] = Value("float64")
+    features |= {name: List(Value("float32")) if name in VECTOR_COLUMNS else Value("float64") for name in own}
     result = dataset.map(
         convert, with_indices=True, remove_columns=columns, num_proc=num_proc, desc=f"Tokenizing {source}",
         features=Features(features), load_from_cache_file=False,
@@ -271,6 +271,14 @@ def tokenize_dataset(
         raise ValueError(f"{source} must have at least one usable row, got none")
     unused = ["problem"] + ["rejected_ids"] * (stage == "sft")
     return result.remove_columns(unused)
+
+
+def _numbers(name: str, value: Any, vector: bool) -> Any:
+    for number in value if vector and isinstance(value, list) and value else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            kind = "a list of finite numbers" if vector else "a finite number"
+            raise BadRowError(f"{name!r} must be {kind}, got {_shown(value)}")
+    return value
 
 
 def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, Any]:
@@ -365,6 +373,16 @@ class PreferenceCollator:
             "attention_mask": attention_mask,
             "completion_mask": completion_mask,
         }
-        if "context_scale" in rows[0]:
-            batch["context_scale"] = torch.tensor([row["context_scale"] for row in rows], dtype=torch.float32)
-        return batch
+        for name in VECTOR_COLUMNS:
+            for row in rows:
+                if name in row and len(row[name]) != len(rows[0][name]):
+                    raise ValueError(
+                        f"{name!r} must have one length in all rows, got {len(row[name])} in row {row['index']} and "
+                        f"{len(rows[0][name])} in row {rows[0]['index']}"
+                    )
+        own: dict[str, Any] = {
+            name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
+            for name in (*NUMBER_COLUMNS, *VECTOR_COLUMNS)
+            if name in rows[0]
+        }
+        return cast(PreferenceBatch, batch | own)

@@ -17,8 +17,7 @@ from fastpo.planted import planted_preferences
 from fastpo.recipe import parse_recipe
 from fastpo.reporting import final_table
 from fastpo.run import prepare_training, run_training
-from fastpo.scores import response_score
-from fastpo.stages import split_pair
+from fastpo.scores import per_length
 
 TRAIN_ROWS, HELD_OUT_ROWS = 512, 128
 MODEL = {
@@ -98,8 +97,10 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[dict[str, Any]])
         ids, attention, completion = (
             batch[name].to(model.device) for name in ("input_ids", "attention_mask", "completion_mask")
         )
-        chosen, rejected = split_pair(sequence_stats(model, ids, attention, completion))
-        right += int((response_score(chosen, True) > response_score(rejected, True)).sum())
+        chosen, rejected = (
+            per_length(side.logps, side, True) for side in sequence_stats(model, ids, attention, completion).split()
+        )
+        right += int((chosen > rejected).sum())
     return right / len(rows)
 
 

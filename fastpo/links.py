@@ -1,22 +1,54 @@
-"""Links f(z): a comparison score z (B,) becomes a loss (B,). Pure functions, stable for |z| up to 1e4 and beyond.
+"""Links: comparison scores become a loss (B,) of each pair. Pure functions, stable for |z| up to 1e4 and beyond.
 
-To add one: write the function, add its line to `LINKS`, add its row to the tests. A leaf: torch only.
+To add one: write the function, add its line to `LINKS`, add its row to the tests. The first line of its docstring,
+formula and source, is what `fastpo explain` prints. A leaf: torch only.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class LinkParams(NamedTuple):
-    """What a link may need beside z: beta_eff, () or (B,), and the hinge's offset."""
+    """What a link may need beside z.
+
+    Attributes:
+        beta: beta_eff, () or (B,).
+        chosen: (B,) the policy's score of the chosen response, a log pi; `rejected` likewise.
+        ref_chosen: (B,) what the reference subtracts from it, a A log ref; 0 where it subtracts nothing.
+        label_smoothing: eps, for the links that use it inside.
+        variance: (B,) variance of the comparison, for `disco`.
+        hinge_delta, discopop_tau: as in `PreferenceConfig`.
+    """
 
     beta: Tensor
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor
+    ref_rejected: Tensor
+    label_smoothing: float
     hinge_delta: float
+    discopop_tau: float
+    variance: Tensor | None
+
+    @property
+    def chosen_ratio(self) -> Tensor:
+        """(B,) h of the chosen response: a (log pi - A log ref)."""
+        return self.chosen - self.ref_chosen
+
+    @property
+    def rejected_ratio(self) -> Tensor:
+        """(B,) h of the rejected response."""
+        return self.rejected - self.ref_rejected
+
+
+# --- functions of z -------------------------------------------------------------------------------------------------
 
 
 def sigmoid(z: Tensor, params: LinkParams) -> Tensor:
@@ -69,16 +101,217 @@ def cauchy(z: Tensor, params: LinkParams) -> Tensor:
     return torch.where(z < 0, lower, upper)
 
 
-Link = Callable[[Tensor, LinkParams], Tensor]
+def exo_pair(z: Tensor, params: LinkParams) -> Tensor:
+    """KL((sigmoid(z), sigmoid(-z)) || (1 - eps, eps)): EXO for two responses (arXiv:2402.00856, eq. 16)."""
+    eps = params.label_smoothing
+    chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-eps))
+    return chosen + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(eps))
+
+
+def robust(z: Tensor, params: LinkParams) -> Tensor:
+    """[-(1-eps) log sigmoid(z) + eps log sigmoid(-z)]/(1-2 eps): unbiased under flips (arXiv:2403.00409, eq. 5)."""
+    eps = params.label_smoothing
+    clean = -(1 - eps) * F.logsigmoid(z)
+    return clean if eps == 0 else (clean + eps * F.logsigmoid(-z)) / (1 - 2 * eps)
+
+
+def discopop(z: Tensor, params: LinkParams) -> Tensor:
+    """(1-q) softplus(-z) + q e^-z, q = sigmoid(z/tau): DiscoPOP (arXiv:2406.08414, eq. 5)."""
+    gate = z / params.discopop_tau
+    # q e^-z as one exponential: far below 0 the factors are 0 and infinity.
+    return torch.sigmoid(-gate) * F.softplus(-z) + torch.exp(F.logsigmoid(gate) - z)
+
+
+def disco(z: Tensor, params: LinkParams) -> Tensor:
+    """-log Phi(z / sqrt(variance)): two Gaussian rewards compared, Phi(x) = (1 + erf(x / sqrt 2))/2."""
+    assert params.variance is not None
+    return -log_ndtr(z / params.variance.sqrt())
+
+
+def log_ndtr(x: Tensor) -> Tensor:
+    """log Phi(x) with a gradient that holds in the tails; differentiable once. fp32 or wider inside."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return _LogNdtr.apply(wide).to(x.dtype)
+
+
+class _LogNdtr(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.special.log_ndtr(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # torch's own is wrong in the lower tail. The Mills ratio phi(x)/Phi(x) through erfcx neither over- nor
+        # underflows there; in the upper tail erfcx is infinite and the ratio 0.
+        (x,) = ctx.saved_tensors
+        return gradient * math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2))
+
+
+# --- functions of each response -------------------------------------------------------------------------------------
+
+
+def nca_pair(z: Tensor, params: LinkParams) -> Tensor:
+    """-log sigmoid(b h_w) - log sigmoid(-b h_w)/2 - log sigmoid(-b h_l)/2: NCA (arXiv:2402.05369)."""
+    chosen, rejected = params.beta * params.chosen_ratio, params.beta * params.rejected_ratio
+    return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
+
+
+def bco_pair(z: Tensor, params: LinkParams) -> Tensor:
+    """-log sigmoid(b h_w) - log sigmoid(-b h_l): BCO on pairs, without its reward shift (arXiv:2404.04656)."""
+    return -F.logsigmoid(params.beta * params.chosen_ratio) - F.logsigmoid(-params.beta * params.rejected_ratio)
+
+
+def sppo_hard(z: Tensor, params: LinkParams) -> Tensor:
+    """(h_w - 1/(2b))^2 + (h_l + 1/(2b))^2: SPPO with hard labels (arXiv:2405.00675, eq. 4.7)."""
+    target = 0.5 / params.beta
+    return (params.chosen_ratio - target) ** 2 + (params.rejected_ratio + target) ** 2
+
+
+def apo_zero(z: Tensor, params: LinkParams) -> Tensor:
+    """1 - sigmoid(b h_w) + sigmoid(b h_l): APO for data better than the model (arXiv:2408.06266, eq. 7)."""
+    return torch.sigmoid(-params.beta * params.chosen_ratio) + torch.sigmoid(params.beta * params.rejected_ratio)
+
+
+def apo_down(z: Tensor, params: LinkParams) -> Tensor:
+    """sigmoid(b h_w) + 1 - sigmoid(b (h_w - h_l)): APO for data worse than the model (arXiv:2408.06266, eq. 8)."""
+    difference = params.chosen_ratio - params.rejected_ratio
+    return torch.sigmoid(params.beta * params.chosen_ratio) + torch.sigmoid(-params.beta * difference)
+
+
+# --- functions of the sorted batch ----------------------------------------------------------------------------------
+
+
+def aot(z: Tensor, params: LinkParams) -> Tensor:
+    """Smoothed logistic loss of sorted policy differences against sorted reference ones (arXiv:2406.05882)."""
+    policy, reference = params.chosen - params.rejected, params.ref_chosen - params.ref_rejected
+    return _logistic(params.beta * (policy.sort().values - reference.sort().values), params.label_smoothing)
+
+
+def aot_unpaired(z: Tensor, params: LinkParams) -> Tensor:
+    """Smoothed logistic loss of the sorted chosen log-ratios against the sorted rejected ones (arXiv:2406.05882)."""
+    chosen, rejected = params.chosen_ratio.sort().values, params.rejected_ratio.sort().values
+    return _logistic(params.beta * (chosen - rejected), params.label_smoothing)
+
+
+def _logistic(z: Tensor, eps: float) -> Tensor:
+    return -F.logsigmoid(z) if eps == 0 else -(1 - eps) * F.logsigmoid(z) - eps * F.logsigmoid(-z)
+
+
+# --- functions of the policy alone ----------------------------------------------------------------------------------
+
+
+def orpo(z: Tensor, params: LinkParams) -> Tensor:
+    """-m_w + b softplus(-(logodds(m_w) - logodds(m_l))), m the mean log-probs: ORPO (arXiv:2403.07691, eq. 6)."""
+    chosen, rejected = params.chosen, params.rejected
+    return -chosen + params.beta * F.softplus(_log_odds(rejected) - _log_odds(chosen))
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """log p - log(1 - p); a certain response, or an empty one, counts as p = 1 - eps of the dtype."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    # Each form of log(1 - e^x) keeps its digits on its own side of log 2.
+    near = torch.log(-torch.expm1(logp.clamp(min=-1)))
+    far = torch.log1p(-torch.exp(logp.clamp(max=-0.5)))
+    return logp - torch.where(logp > -math.log(2), near, far)
+
+
+def sft(z: Tensor, params: LinkParams) -> Tensor:
+    """-log pi(y_w), mean over the batch's chosen tokens as in TRL: part of the reduced loss, 0 of each pair here."""
+    return torch.zeros_like(params.chosen)
+
+
+# --- f-divergences --------------------------------------------------------------------------------------------------
+
+
+def forward_kl(h: Tensor, alpha: float) -> Tensor:
+    """1 - e^-h."""
+    return -_expm1(-h)
+
+
+def js_divergence(h: Tensor, alpha: float) -> Tensor:
+    """log 2 + log sigmoid(h)."""
+    return math.log(2) + F.logsigmoid(h)
+
+
+def alpha_divergence(h: Tensor, alpha: float) -> Tensor:
+    """(e^((alpha-1) h) - 1)/(alpha - 1), and h in the limit of alpha = 1."""
+    return h if alpha == 1 else _expm1((alpha - 1) * h) / (alpha - 1)
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """e^x - 1, kept so small that a link can square it: the difference of two infinities would be no number."""
+    return torch.expm1(x.clamp(max=math.log(torch.finfo(x.dtype).max) / 2 - 1))
+
+
+# f'(pi/pi_ref) of h = log pi - log pi_ref, in place of h itself (f-DPO, arXiv:2309.16240, table 1); alpha for the last.
+DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": lambda h, alpha: h,
+    "forward_kl": forward_kl,
+    "js_divergence": js_divergence,
+    "js": js_divergence,
+    "alpha_divergence": alpha_divergence,
+    "alpha": alpha_divergence,
+}
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+# What a loss is a function of -> the options of `PreferenceConfig` that form it.
+_BETA = {"beta", "batch_beta_coef", "beta_schedule"}
+_RESPONSES = _BETA | {"reference_mix", "reference_free", "ld_alpha", "length_normalization"}
+_SCORE = _RESPONSES | {"home_advantage", "contextual_scaling", "f_divergence_type"}
+FORMED_BY = {
+    "score": frozenset(_SCORE | {"label_smoothing"}),  # z of a pair; smoothed from outside, (1-eps) f(z) + eps f(-z)
+    "noisy score": frozenset(_SCORE | {"label_smoothing"}),  # z of a pair; uses eps inside
+    "responses": frozenset(_RESPONSES),  # the log-ratio of each response
+    "sorted batch": frozenset(_RESPONSES | {"label_smoothing"}),  # log-ratios torn from their pairs
+    # mean log-probs under the policy, of which these two are true anyway
+    "policy": frozenset(_BETA | {"reference_free", "length_normalization"}),
+    "chosen": frozenset(),  # log-probs of the chosen response
+}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A line of `LINKS`.
+
+    Attributes:
+        f: (z, params) -> loss (B,).
+        of: what f is a function of, a key of `FORMED_BY`.
+        normalized: scores are per token whatever `length_normalization` says.
+        options: further fields of `PreferenceConfig` that f alone reads.
+    """
+
+    f: Callable[[Tensor, LinkParams], Tensor]
+    of: str = "score"
+    normalized: bool = False
+    options: tuple[str, ...] = ()
+
 
 LINKS: dict[str, Link] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "ipo_scaled": ipo_scaled,
-    "square": square,
-    "truncated_square": truncated_square,
-    "exponential": exponential,
-    "savage": savage,
-    "cauchy": cauchy,
+    "sigmoid": Link(sigmoid),
+    "sigmoid_norm": Link(sigmoid, normalized=True),
+    "hinge": Link(hinge, options=("hinge_delta",)),
+    "ipo": Link(ipo),
+    "ipo_scaled": Link(ipo_scaled),
+    "square": Link(square),
+    "truncated_square": Link(truncated_square, options=("hinge_delta",)),
+    "exponential": Link(exponential),
+    "savage": Link(savage),
+    "cauchy": Link(cauchy),
+    "disco": Link(disco, options=("variance_floor", "disco_prior_weight")),
+    "discopop": Link(discopop, options=("discopop_tau",)),
+    "exo_pair": Link(exo_pair, of="noisy score"),
+    "robust": Link(robust, of="noisy score"),
+    "nca_pair": Link(nca_pair, of="responses"),
+    "bco_pair": Link(bco_pair, of="responses"),
+    "sppo_hard": Link(sppo_hard, of="responses"),
+    "apo_zero": Link(apo_zero, of="responses"),
+    "apo_down": Link(apo_down, of="responses"),
+    "aot": Link(aot, of="sorted batch"),
+    "aot_unpaired": Link(aot_unpaired, of="sorted batch"),
+    "orpo": Link(orpo, of="policy", normalized=True),
+    "sft": Link(sft, of="chosen"),
 }

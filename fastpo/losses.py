@@ -1,28 +1,45 @@
-"""`preference_loss`: every preference objective as one formula over `SequenceStats`."""
-
-import math
+"""`preference_loss`, one formula for every preference objective, and `reward_model_loss`. Pure functions."""
 
 import torch
 from torch import Tensor
 
 from fastpo.config import PreferenceConfig
 from fastpo.links import LINKS, LinkParams
-from fastpo.scores import mallows_scale, response_score, score_difference
-from fastpo.types import LossOutput, SequenceStats
+from fastpo.loss_inputs import (
+    Reference,
+    beta_tensor,
+    check_column,
+    check_extras,
+    check_reward_config,
+    check_rewards,
+    check_stats,
+    context_scale_of,
+    summed_variance,
+    usable_reference,
+)
+from fastpo.schedules import RunningMeans, running_mean
+from fastpo.scores import PairScores, desensitized, on_policy_weight, pair_scores, per_length
+from fastpo.types import AnySequenceStats, LossOutput, StepTotals
+
+LOWEST_BETA = 1e-3
+GAP_DECAY = 0.9  # of beta-DPO's running mean
 
 
 def preference_loss(
-    chosen: SequenceStats,
-    rejected: SequenceStats,
+    chosen: AnySequenceStats,
+    rejected: AnySequenceStats,
     config: PreferenceConfig,
     *,
-    ref_chosen: SequenceStats | None = None,
-    ref_rejected: SequenceStats | None = None,
+    ref_chosen: AnySequenceStats | None = None,
+    ref_rejected: AnySequenceStats | None = None,
     beta: float | Tensor | None = None,
     context_scale: Tensor | None = None,
     chosen_variance: Tensor | None = None,
     rejected_variance: Tensor | None = None,
     vocab_size: int | None = None,
+    pair_weight: Tensor | None = None,
+    totals: StepTotals | None = None,
+    state: RunningMeans | None = None,
 ) -> LossOutput:
     """The preference loss of B pairs.
 
@@ -33,8 +50,10 @@ def preference_loss(
         z    = phi (b h - m)     or, in log-ratio units,     phi b (h - m)
         loss = (1 - eps) f(z) + eps f(-z) + sft_weight SFT
 
-    This covers DPO (arXiv:2305.18290), IPO, SLiC, SimPO, Mallows-DPO and RainbowPO (arXiv:2410.04203). A term whose
-    coefficient is 0 is not formed. The result keeps the inputs' dtype.
+    A sum of several losses f has them weighted; those that are no function of z (see `fastpo.links`) take the
+    log-ratios of the responses. This covers DPO (arXiv:2305.18290), IPO, SLiC, SimPO, Mallows-DPO, RainbowPO
+    (arXiv:2410.04203) and the rest of `fastpo methods`. A term whose coefficient is 0 is not formed. The result keeps
+    the inputs' dtype.
 
     Args:
         chosen: the policy's statistics of the chosen responses, fields of shape (B,).
@@ -45,9 +64,13 @@ def preference_loss(
         beta: None (`config.beta`), a positive number, or a (B,) tensor beta_eff(x), differentiable.
         context_scale: (B,) phi(x) of the caller's own, taken as it is and detached; it wins over
             `config.contextual_scaling`.
-        chosen_variance: for `pref_loss_type="disco"`, which this version does not compute yet.
-        rejected_variance: likewise.
+        chosen_variance: (B,) variance of the chosen reward, differentiable, for `pref_loss_type` ``disco``.
+        rejected_variance: (B,) of the rejected reward.
         vocab_size: V, rows of the LM head; needed where phi(x) is computed.
+        pair_weight: (B,) weight of each pair in the mean, detached; it is not normalised.
+        totals: rows and chosen tokens of the whole optimiser step, to divide by; None: of this batch.
+        state: running means for `batch_beta_coef`, updated in place; None: each batch is its own mean, so that its
+            gap does not move beta.
 
     Returns:
         LossOutput; rewards are b a(y) (log pi - log ref), detached.
@@ -57,57 +80,172 @@ def preference_loss(
     """
     if not isinstance(config, PreferenceConfig):
         raise TypeError(f"config must be a PreferenceConfig, got {type(config).__name__}")
-    _check_stats("chosen", chosen, None)
+    check_stats("chosen", chosen, None)
     batch = chosen.logps.shape
-    _check_stats("rejected", rejected, batch)
-    if config.pref_loss_type not in LINKS:
-        raise ValueError(f"pref_loss_type must be one of {', '.join(LINKS)} here, got {config.pref_loss_type!r}")
-    if chosen_variance is not None or rejected_variance is not None:
-        raise ValueError("chosen_variance and rejected_variance must be None unless pref_loss_type is 'disco'")
-    reference = _usable_reference(config, ref_chosen, ref_rejected, batch, chosen.logps.dtype)
-    b = _beta_tensor(config.beta if beta is None else beta, chosen.logps)
-    phi = _context_scale(config, context_scale, reference, chosen.logps, vocab_size)
+    check_stats("rejected", rejected, batch)
+    for name, value in (("context_scale", context_scale), ("pair_weight", pair_weight)):
+        check_column(name, value, config, batch)
+    reference = usable_reference(config, ref_chosen, ref_rejected, batch, chosen.logps.dtype)
+    check_extras(config, chosen=chosen, rejected=rejected, reference=reference)
+    variance = summed_variance(config, chosen_variance, rejected_variance, chosen.logps)
+    b = beta_tensor(config, beta, chosen.logps)
+    phi = context_scale_of(config, context_scale, reference, chosen.logps, vocab_size)
+    rewards = _log_ratios(config, chosen, rejected, reference)
+    if config.batch_beta_coef != 0:
+        b = _batch_beta(b, rewards, config, state)
 
-    h = score_difference(chosen, rejected, config.length_normalization)
-    if config.reference_weight != 0 and reference is not None:
-        h = h - config.reference_weight * score_difference(*reference, config.length_normalization)
-    z = b * h - config.margin if config.margin_units == "reward" else b * (h - config.margin)
-    if phi is not None:
-        z = phi * z
-
-    link, params = LINKS[config.pref_loss_type], LinkParams(b, config.hinge_delta)
-    eps = config.label_smoothing
-    losses = link(z, params) if eps == 0 else (1 - eps) * link(z, params) + eps * link(-z, params)
+    losses, scores = torch.zeros_like(chosen.logps), {}
+    for name, factor in config.loss_weights.items():
+        per_token = config.length_normalization or LINKS[name].normalized
+        if per_token not in scores:
+            scores[per_token] = pair_scores(chosen, rejected, reference, config, per_token)
+        losses = losses + factor * _comparison(name, scores[per_token], b, phi, variance, config)
     if config.sft_weight != 0 and config.sft_reduction != "token":
-        losses = losses - config.sft_weight * response_score(chosen, config.sft_reduction == "mean")
-    loss = losses.mean()
-    if config.sft_weight != 0 and config.sft_reduction == "token":
-        tokens = chosen.lengths.sum().clamp(min=1)
-        loss = loss - config.sft_weight * chosen.logps.sum() / tokens.to(loss.dtype)
+        losses = losses - config.sft_weight * per_length(chosen.logps, chosen, config.sft_reduction == "mean")
+
+    weight = _pair_weights(chosen, rejected, config, pair_weight)
+    if weight is not None:
+        losses = _weighted(weight, losses)
+    loss = losses.mean() if totals is None else losses.sum() / totals.rows.to(losses)
+    token_weight = config.loss_weights.get("sft", 0.0) + (config.sft_reduction == "token") * config.sft_weight
+    if token_weight != 0:
+        tokens = chosen.lengths.sum().clamp(min=1) if totals is None else totals.tokens
+        logps = chosen.logps if weight is None else _weighted(weight, chosen.logps)
+        loss = loss - token_weight * logps.sum() / tokens.to(loss)
 
     with torch.no_grad():
-        chosen_rewards = b * _log_ratio(chosen, None if reference is None else reference[0], config)
-        rejected_rewards = b * _log_ratio(rejected, None if reference is None else reference[1], config)
-        margins = chosen_rewards - rejected_rewards
+        chosen_rewards, rejected_rewards = b * rewards[0], b * rewards[1]
         metrics = {
-            "rewards/chosen": chosen_rewards.mean(),
-            "rewards/rejected": rejected_rewards.mean(),
-            "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
-            "rewards/margins": margins.mean(),
+            **_reward_metrics(chosen_rewards, rejected_rewards),
             "logps/chosen": chosen.logps.mean(),
             "logps/rejected": rejected.logps.mean(),
             "entropy/chosen": chosen.entropy.mean(),
             "entropy/rejected": rejected.entropy.mean(),
             **_spread("beta", b),
             **({} if phi is None else _spread("phi", phi)),
+            **({} if variance is None else _spread("variance", variance)),
+            **({} if weight is None else _spread("pair_weight", weight)),
         }
-        metrics = {name: value.detach() for name, value in metrics.items()}
-    return LossOutput(loss, losses, chosen_rewards, rejected_rewards, margins, metrics)
+    return LossOutput(loss, losses, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards, metrics)
 
 
-def _log_ratio(stats: SequenceStats, reference: SequenceStats | None, config: PreferenceConfig) -> Tensor:
-    score = response_score(stats, config.length_normalization)
-    return score if reference is None else score - response_score(reference, config.length_normalization)
+def reward_model_loss(
+    chosen_mean: Tensor,
+    rejected_mean: Tensor,
+    config: PreferenceConfig,
+    *,
+    chosen_variance: Tensor | None = None,
+    rejected_variance: Tensor | None = None,
+    margin: Tensor | None = None,
+) -> LossOutput:
+    """The loss of a reward model on B pairs: f(z) with z = mu_w - mu_l - m, label smoothing as in `preference_loss`.
+
+    With ``sigmoid`` this is Bradley-Terry's softplus(-(r_w - r_l - m)); with ``disco`` the rewards are Gaussian and z
+    is divided by sqrt(var_w + var_l). beta is not used. The result keeps the inputs' dtype.
+
+    Args:
+        chosen_mean: (B,) reward of the chosen responses, or its mean; differentiable.
+        rejected_mean: (B,) of the rejected responses.
+        config: `pref_loss_type`, `home_advantage` and what f reads.
+        chosen_variance: (B,) variance of the chosen reward, differentiable, for ``disco``.
+        rejected_variance: (B,) of the rejected reward.
+        margin: (B,) m of each pair, detached, in place of `home_advantage`.
+
+    Returns:
+        LossOutput; the rewards are the means, detached.
+
+    Raises:
+        TypeError, ValueError: an argument is missing or misshapen, or config sets what no reward model has.
+    """
+    if not isinstance(config, PreferenceConfig):
+        raise TypeError(f"config must be a PreferenceConfig, got {type(config).__name__}")
+    check_reward_config(config)
+    for name, value in (("chosen_mean", chosen_mean), ("rejected_mean", rejected_mean), ("margin", margin)):
+        check_rewards(name, value, chosen_mean)
+    variance = summed_variance(config, chosen_variance, rejected_variance, chosen_mean)
+    m = config.home_advantage if margin is None else margin.detach().to(chosen_mean)
+    z = chosen_mean - rejected_mean - m
+    losses = torch.zeros_like(z)
+    nothing = torch.zeros_like(z)  # no policy, no reference
+    params = LinkParams(
+        torch.ones_like(z), nothing, nothing, nothing, nothing, *_link_options(config), variance=variance
+    )
+    for name, weight in config.loss_weights.items():
+        losses = losses + weight * _smoothed(name, z, params, config.label_smoothing)
+    with torch.no_grad():
+        rewards = chosen_mean.detach(), rejected_mean.detach()
+        metrics = _reward_metrics(*rewards) | ({} if variance is None else _spread("variance", variance))
+    return LossOutput(losses.mean(), losses, *rewards, rewards[0] - rewards[1], metrics)
+
+
+def _comparison(
+    name: str, scores: PairScores, b: Tensor, phi: Tensor | None, variance: Tensor | None, config: PreferenceConfig
+) -> Tensor:
+    """(B,) values of one loss."""
+    z = b * scores.h - config.margin if config.margin_units == "reward" else b * (scores.h - config.margin)
+    if phi is not None:
+        z = phi * z
+    return _smoothed(name, z, LinkParams(b, *scores[:4], *_link_options(config), variance), config.label_smoothing)
+
+
+def _link_options(config: PreferenceConfig) -> tuple[float, float, float]:
+    return config.label_smoothing, config.hinge_delta, config.discopop_tau
+
+
+def _smoothed(name: str, z: Tensor, params: LinkParams, eps: float) -> Tensor:
+    """(1 - eps) f(z) + eps f(-z), where f is not one that uses eps itself."""
+    link = LINKS[name]
+    if eps == 0 or link.of != "score":
+        return link.f(z, params)
+    return (1 - eps) * link.f(z, params) + eps * link.f(-z, params)
+
+
+def _pair_weights(
+    chosen: AnySequenceStats, rejected: AnySequenceStats, config: PreferenceConfig, own: Tensor | None
+) -> Tensor | None:
+    """(B,) the caller's weights times those of WPO, detached; None: all 1."""
+    weight = None if own is None else own.detach().to(chosen.logps)
+    if not config.use_weighting:
+        return weight
+    on_policy = on_policy_weight(chosen, rejected)
+    return on_policy if weight is None else weight * on_policy
+
+
+def _weighted(weight: Tensor, values: Tensor) -> Tensor:
+    """A pair of weight 0 is left out, even where its value is infinite."""
+    return torch.where(weight == 0, torch.zeros_like(values), weight * values)
+
+
+@torch.no_grad()
+def _log_ratios(
+    config: PreferenceConfig, chosen: AnySequenceStats, rejected: AnySequenceStats, reference: Reference | None
+) -> tuple[Tensor, Tensor]:
+    """a(y) (log pi - log ref) of chosen and rejected, (B,): what rewards are made of, mixing ignored."""
+    sides = []
+    for own, other in zip((chosen, rejected), reference or (None, None), strict=True):
+        score = desensitized(own, config.ld_alpha)
+        score = score if other is None else score - desensitized(other, config.ld_alpha)
+        sides.append(per_length(score, own, config.per_token))
+    return sides[0], sides[1]
+
+
+def _batch_beta(
+    b: Tensor, log_ratios: tuple[Tensor, Tensor], config: PreferenceConfig, state: RunningMeans | None
+) -> Tensor:
+    """max(b (1 + a (gap - its running mean)), 1e-3), gap the batch's mean reward margin (arXiv:2407.08639, eq. 6)."""
+    gap = (b * (log_ratios[0] - log_ratios[1])).mean().detach()
+    surprise = gap - running_mean(state, "gap", gap, GAP_DECAY)
+    return (b * (1 + config.batch_beta_coef * surprise)).clamp(min=LOWEST_BETA)
+
+
+def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    margins = chosen - rejected
+    return {
+        "rewards/chosen": chosen.mean(),
+        "rewards/rejected": rejected.mean(),
+        "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
+        "rewards/margins": margins.mean(),
+    }
 
 
 def _spread(name: str, values: Tensor) -> dict[str, Tensor]:
@@ -117,84 +255,3 @@ def _spread(name: str, values: Tensor) -> dict[str, Tensor]:
         f"{name}/min": values.min(),
         f"{name}/max": values.max(),
     }
-
-
-def _usable_reference(
-    config: PreferenceConfig,
-    ref_chosen: SequenceStats | None,
-    ref_rejected: SequenceStats | None,
-    batch: torch.Size,
-    dtype: torch.dtype,
-) -> tuple[SequenceStats, SequenceStats] | None:
-    """The reference pair where it may be read, None where the formula leaves it out."""
-    if config.reference_free:
-        return None
-    if ref_chosen is None and ref_rejected is None and config.reference_weight == 0:
-        return None
-    for name, stats in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
-        if stats is None:
-            raise ValueError(f"{name} must be the reference's SequenceStats unless reference_free=True, got None")
-        _check_stats(name, stats, batch)
-    assert ref_chosen is not None and ref_rejected is not None
-    return _cast(ref_chosen, dtype), _cast(ref_rejected, dtype)
-
-
-def _cast(stats: SequenceStats, dtype: torch.dtype) -> SequenceStats:
-    return stats._replace(logps=stats.logps.to(dtype), entropy=stats.entropy.to(dtype))
-
-
-def _beta_tensor(beta: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(beta, Tensor):
-        if beta.shape not in ((), like.shape):
-            raise ValueError(f"beta must have shape {tuple(like.shape)} or (), got {tuple(beta.shape)}")
-        return beta.to(like)
-    if isinstance(beta, bool) or not isinstance(beta, int | float):
-        raise TypeError(f"beta must be a number or a tensor, got {type(beta).__name__}")
-    if not 0 < beta < math.inf:
-        raise ValueError(f"beta must be > 0 and finite, got {beta!r}")
-    return torch.full((), beta, dtype=like.dtype, device=like.device)
-
-
-def _context_scale(
-    config: PreferenceConfig,
-    own: Tensor | None,
-    reference: tuple[SequenceStats, SequenceStats] | None,
-    like: Tensor,
-    vocab_size: int | None,
-) -> Tensor | None:
-    if own is not None:
-        if not isinstance(own, Tensor):
-            raise TypeError(f"context_scale must be a tensor, got {type(own).__name__}")
-        if own.shape != like.shape:
-            raise ValueError(f"context_scale must have shape {tuple(like.shape)}, got {tuple(own.shape)}")
-        return own.detach().to(like)
-    if config.contextual_scaling == "none":
-        return None
-    if reference is None:
-        raise ValueError(
-            "contextual_scaling='mallows' needs the reference's entropy: pass ref_chosen and ref_rejected (with "
-            "reference_free=False), or a context_scale of your own"
-        )
-    if not isinstance(vocab_size, int) or vocab_size < 2:
-        raise ValueError(
-            f"contextual_scaling='mallows' needs vocab_size, the LM head's number of rows (>= 2), got {vocab_size!r}"
-        )
-    return mallows_scale(*reference, config.contextual_scaling_coef, vocab_size).to(like)
-
-
-def _check_stats(name: str, stats: SequenceStats, batch: torch.Size | None) -> None:
-    if not isinstance(stats, SequenceStats):
-        raise TypeError(f"{name} must be SequenceStats, got {type(stats).__name__}")
-    for field, tensor in stats._asdict().items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}.{field} must be a tensor, got {type(tensor).__name__}")
-    shape = stats.logps.shape if batch is None else batch
-    if len(shape) != 1 or shape[0] == 0:
-        raise ValueError(f"{name}.logps must have shape (B,) with B >= 1, got {tuple(shape)}")
-    for field, tensor in stats._asdict().items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name}.{field} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-    if not stats.logps.is_floating_point():
-        raise TypeError(f"{name}.logps must be a floating-point tensor, got {stats.logps.dtype}")
-    if stats.lengths.is_floating_point():
-        raise TypeError(f"{name}.lengths must be an integer tensor, got {stats.lengths.dtype}")

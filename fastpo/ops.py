@@ -2,20 +2,22 @@
 
 import importlib.util
 import math
-from typing import Any, Literal, NamedTuple, TypedDict, Unpack
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from fastpo.kernels.autograd import Plan, Statistics, check_values, linear_statistics
 from fastpo.kernels.tiles import LogitTransform, segment_sum
-from fastpo.reference import linear_kl_reference, linear_logps_reference
-from fastpo.types import JointStats, SequenceStats, TokenStats
+from fastpo.reference import linear_kl_reference, linear_logps_reference, log_sum_sq_probs_reference
+from fastpo.types import ExtendedSequenceStats, ExtendedTokenStats, JointStats, SequenceStats, TokenStats
 
 Impl = Literal["auto", "fused", "chunked", "reference"]
 Mode = Literal["auto", "no_grad", "frozen", "lean", "stash"]
 IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
 MODES = ("auto", "no_grad", "frozen", "lean", "stash")
+EXTRAS = ("log_sum_sq_probs",)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -60,6 +62,7 @@ def linear_logps(
     memory_budget: int | None = None,
     skip_mass: float = 0.0,
     vocab_order: Tensor | None = None,
+    extras: Sequence[str] = (),
 ) -> TokenStats:
     """Per-token log-probability of the label and entropy over the vocabulary, without logits in memory.
 
@@ -93,10 +96,11 @@ def linear_logps(
             |g| + |g_H| (log(V / tau) + entropy). "auto" is then lean. 0: exact.
         vocab_order: (V,) int64 permutation of the vocabulary, say by falling frequency, in which `skip_mass` forms
             its blocks: the more the likely tokens lie together, the more is left out. Not read for skip_mass = 0.
+        extras: further constants for 1 GEMM unit more: "log_sum_sq_probs", log sum_v p_v^2 (WPO's weights).
 
     Returns:
         TokenStats(logps (...), entropy (...)) in nats, fp32 (float64 for float64 inputs); both differentiable once in
-        hidden, weight and bias (any number of times with "reference").
+        hidden, weight and bias (any number of times with "reference"). With extras, ExtendedTokenStats.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or range, a label is outside [0, V) (under
@@ -106,8 +110,14 @@ def linear_logps(
     options = _Options(
         ignore_index, logit_scale, softcap, temperature, impl, mode, memory_budget, skip_mass, vocab_order
     )
+    _check_extras(extras)
     stats = _statistics(hidden, None, weight, labels, bias, None, False, options)
-    return TokenStats(stats.logps.view(labels.shape), stats.entropy.view(labels.shape))
+    found = TokenStats(stats.logps.view(labels.shape), stats.entropy.view(labels.shape))
+    if not extras:
+        return found
+    squares = _log_sum_sq_probs(hidden, weight, labels, bias, stats, options)
+    # Typed for the many who pass no extras and unpack two.
+    return cast(TokenStats, ExtendedTokenStats(*found, squares.view(labels.shape)))
 
 
 def linear_sequence_stats(
@@ -126,6 +136,7 @@ def linear_sequence_stats(
     memory_budget: int | None = None,
     skip_mass: float = 0.0,
     vocab_order: Tensor | None = None,
+    extras: Sequence[str] = (),
 ) -> SequenceStats:
     """Summed log-probability, length and mean entropy of each sequence, without logits in memory.
 
@@ -139,7 +150,8 @@ def linear_sequence_stats(
         ignore_index and all that follow: as in `linear_logps`.
 
     Returns:
-        SequenceStats(logps (B,), lengths (B,) int64, entropy (B,)); an empty sequence gives 0, 0, 0.
+        SequenceStats(logps (B,), lengths (B,) int64, entropy (B,)); an empty sequence gives 0, 0, 0. With extras,
+        ExtendedSequenceStats.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `linear_logps`.
@@ -147,9 +159,14 @@ def linear_sequence_stats(
     options = _Options(
         ignore_index, logit_scale, softcap, temperature, impl, mode, memory_budget, skip_mass, vocab_order
     )
+    _check_extras(extras)
     ends = _sequence_ends(hidden, cu_seqlens)
     stats = _statistics(hidden, None, weight, labels, bias, ends, False, options)
-    return _sequences(stats.seq_logps, stats.seq_entropy, _lengths(labels, ends, ignore_index))
+    found = _sequences(stats.seq_logps, stats.seq_entropy, _lengths(labels, ends, ignore_index))
+    if not extras:
+        return found
+    squares = _log_sum_sq_probs(hidden, weight, labels, bias, stats, options)
+    return cast(SequenceStats, ExtendedSequenceStats(*found, segment_sum(squares, ends)))
 
 
 def joint_linear_logps(
@@ -270,6 +287,26 @@ def _statistics(
     return stats._replace(**constants)
 
 
+@torch.no_grad()
+def _log_sum_sq_probs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, stats: Statistics, options: _Options
+) -> Tensor:
+    """log sum_v p_v^2 of each row (M,), 0 where it is ignored.
+
+    It is the log-sum-exp of the doubled logits less twice that of the logits, so one more forward at half the
+    temperature does: no kernel has to know of it.
+    """
+    halved = options._replace(temperature=options.temperature / 2, mode="auto", skip_mass=0.0, memory_budget=None)
+    if options.impl != "reference":
+        doubled = _statistics(hidden.detach(), None, weight, labels, bias, None, False, halved)
+        return doubled.lse - 2 * stats.lse
+    keep = labels.reshape(-1) != options.ignore_index
+    rows = hidden.reshape(-1, hidden.shape[-1])[keep]
+    logit_options = {name: getattr(options, name) for name in ("logit_scale", "softcap", "temperature")}
+    squares = log_sum_sq_probs_reference(rows, weight, bias, **logit_options)
+    return squares.new_zeros(keep.shape).masked_scatter(keep, squares)
+
+
 def _reference_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -354,6 +391,11 @@ def _choose_mode(options: _Options, impl: Impl, hidden: Tensor, weight: Tensor, 
     if mode == "frozen" and wants_head and torch.is_grad_enabled():
         raise ValueError("mode='frozen' gives no gradient to weight and bias, of which one requires it")
     return mode
+
+
+def _check_extras(extras: Sequence[str]) -> None:
+    if isinstance(extras, str) or any(name not in EXTRAS for name in extras):
+        raise ValueError(f"extras must be a sequence of names from {', '.join(EXTRAS)}, got {extras!r}")
 
 
 def _check_options(options: _Options) -> LogitTransform:

@@ -13,9 +13,18 @@ import yaml
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
-from fastpo.arguments import PreferenceTrainingArguments, parse_dict
-from fastpo.config import PRESETS, option
+from fastpo.arguments import (
+    OBJECTIVE_NAMES,
+    ObjectiveFields,
+    PreferenceTrainingArguments,
+    build_objective,
+    own_columns,
+    parse_dict,
+)
+from fastpo.config import PreferenceConfig, option
 from fastpo.data import find_form, read_dataset, tokenize_dataset
+from fastpo.methods import METHODS
+from fastpo.stages import STAGES
 from fastpo.tokenizer import train_tokenizer
 
 
@@ -82,7 +91,30 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[RecipeArguments, Pref
     Raises:
         ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
     """
+    recipe, preset = _read_recipe(path, overrides)
     parser = _Parser((RecipeArguments, PreferenceTrainingArguments), allow_abbrev=False)
+    _set_defaults(parser, recipe, preset)
+    return parser.parse_args_into_dataclasses(overrides, look_for_args_file=False)
+
+
+def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, str, str | None]:
+    """Objective, stage and preset of a recipe, without its model, data and device.
+
+    Raises:
+        ValueError, TypeError: as `parse_recipe`.
+    """
+    recipe, preset = _read_recipe(path, overrides)
+    parser = _Parser(ObjectiveFields, allow_abbrev=False)
+    parser.add_argument("--stage", default="dpo", choices=STAGES)
+    _set_defaults(parser, {k: v for k, v in recipe.items() if k in (*OBJECTIVE_NAMES, "stage")}, preset)
+    fields, others, _ = parser.parse_args_into_dataclasses(
+        overrides, look_for_args_file=False, return_remaining_strings=True
+    )
+    return build_objective(fields, others.stage), others.stage, preset
+
+
+def _read_recipe(path: str, overrides: list[str]) -> tuple[dict[str, Any], str | None]:
+    """The file's keys, all known, and the preset that it or the command line names."""
     known = {f.name for kind in (RecipeArguments, PreferenceTrainingArguments) for f in dataclasses.fields(kind)}
     recipe = _read_yaml(path)
     for key in recipe:
@@ -92,16 +124,18 @@ def parse_recipe(path: str, overrides: list[str]) -> tuple[RecipeArguments, Pref
         name = flag.split("=")[0].removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
             raise ValueError(f"unknown option {flag.split('=')[0]!r}{_nearest(name, known)}")
-    # The preset may stand in the file or on the command line; it must be known before other defaults are set.
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=recipe.get("preset"))
     preset = finder.parse_known_args(overrides)[0].preset
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    parser.set_defaults(**(PRESETS[preset] if preset else {}))
+    if preset is not None and preset not in METHODS:
+        raise ValueError(f"preset must be one of {', '.join(METHODS)}, got {preset!r}")
+    return recipe, preset
+
+
+def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, Any], preset: str | None) -> None:
+    parser.set_defaults(**(METHODS[preset].settings if preset else {}))
     # argparse converts a default only if it is a string: exactly YAML's 1e-5, which it reads as one.
     parser.set_defaults(**{k: json.dumps(v) if isinstance(v, dict) else v for k, v in recipe.items()})
-    return parser.parse_args_into_dataclasses(overrides, look_for_args_file=False)
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -228,7 +262,7 @@ def tokenize_splits(
     return [
         None if rows is None else tokenize_dataset(
             rows, tokenizer, stage=args.stage, max_length=args.max_length, source=str(source),
-            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc,
+            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
         )
         for rows, source in zip(splits, sources, strict=True)
     ]  # fmt: skip

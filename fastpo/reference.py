@@ -51,6 +51,19 @@ def linear_kl_reference(
     return (torch.where(possible, log_p, -torch.inf).exp() * ratio).sum(-1)
 
 
+def log_sum_sq_probs_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """log sum_v p_v^2 (N,) from full logits; arguments as above."""
+    return torch.logsumexp(2 * _log_probs(hidden, weight, bias, logit_scale, softcap, temperature), dim=-1)
+
+
 def _log_probs(
     hidden: Tensor,
     weight: Tensor,

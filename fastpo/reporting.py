@@ -14,7 +14,7 @@ CURVES = {
 }
 TABLE_ROWS = (
     "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
-    "logps/chosen", "logps/rejected", "entropy/chosen", "entropy/rejected",
+    "logps/chosen", "logps/rejected", "entropy/chosen", "entropy/rejected", "beta/mean", "beta/std", "variance/mean",
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(output_dir: str | Path) -> list[Path]:
-    """loss.png, accuracy.png and margin.png beside metrics.jsonl, for those that were logged."""
+    """loss.png, accuracy.png and margin.png beside metrics.jsonl, for those logged; beta.png of a learned beta."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -71,7 +71,33 @@ def draw_curves(output_dir: str | Path) -> list[Path]:
         drawn.append(Path(output_dir) / f"{title}.png")
         figure.savefig(drawn[-1], dpi=120)
         pyplot.close(figure)
+    learned = [row for row in rows if "log_s/mean" in row]
+    if learned:
+        drawn.append(Path(output_dir) / "beta.png")
+        _draw_beta(learned, drawn[-1])
     return drawn
+
+
+def _draw_beta(rows: list[dict[str, Any]], path: Path) -> None:
+    """Spread of beta_eff over training, and its last histogram in multiples of beta."""
+    from matplotlib import pyplot
+
+    figure, (course, last) = pyplot.subplots(ncols=2, figsize=(10, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
+    mean, std, low, high = ([row[f"beta/{name}"] for row in rows] for name in ("mean", "std", "min", "max"))
+    course.plot(steps, mean, label="mean")
+    inner = [[m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1)]
+    course.fill_between(steps, *inner, alpha=0.4, label="one deviation")
+    course.fill_between(steps, low, high, alpha=0.15, label="least to greatest")
+    course.set(xlabel="optimiser step", ylabel="beta_eff(x)")
+    course.grid(alpha=0.3)
+    course.legend()
+    bins = {name.rpartition("/")[2]: x for name, x in rows[-1].items() if name.startswith("beta/histogram/")}
+    last.bar(list(bins), list(bins.values()))
+    last.set(xlabel="beta_eff(x) / beta", ylabel="share of prompts, last log")
+    last.tick_params(axis="x", rotation=45)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def final_table(output_dir: str | Path) -> str:

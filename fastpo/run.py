@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastpo.architecture import load_heads
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.recipe import (
     RecipeArguments,
@@ -89,7 +90,9 @@ def _load_trained(recipe: RecipeArguments, args: PreferenceTrainingArguments, to
     if (Path(args.output_dir) / "adapter_config.json").is_file():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(base, args.output_dir), build_reference(recipe)
+        trained = PeftModel.from_pretrained(base, args.output_dir)
+        load_heads(trained, args.output_dir)  # a PeftModel does not know where it came from
+        return trained, build_reference(recipe)
     trained = AutoModelForCausalLM.from_pretrained(args.output_dir, dtype=recipe.dtype)
     return trained, build_reference(recipe) or base
 

@@ -1,68 +1,102 @@
 """Stages: statistics of a batch become the loss of that stage."""
 
-from typing import NamedTuple
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastpo.config import PreferenceConfig
 from fastpo.losses import preference_loss
-from fastpo.types import LossOutput, SequenceStats
+from fastpo.regularizers import regularizer_loss
+from fastpo.schedules import RunningMeans
+from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 
 STAGES = ("sft", "dpo")
-
-
-class StepTotals(NamedTuple):
-    """What one optimiser step averages over, as float tensors: all micro-batches, per process.
-
-    With P processes whose gradients are averaged, the totals are those of all processes divided by P, so that
-    micro-batches of any sizes on any number of processes give the gradient of the one large batch.
-    """
-
-    rows: Tensor
-    tokens: Tensor
-
-
-def split_pair(stats: SequenceStats) -> tuple[SequenceStats, SequenceStats]:
-    """Chosen and rejected halves of the statistics of 2B rows."""
-    chosen, rejected = zip(*(field.chunk(2) for field in stats), strict=True)
-    return SequenceStats(*chosen), SequenceStats(*rejected)
+# Stages in which a head has something to do.
+HEAD_STAGES = {"beta_head": ("dpo", "ppo"), "disco_head": ("rm", "dpo")}
+# s(x) is counted in these bins; the outer two are open.
+HISTOGRAM_EDGES = tuple(4.0 ** (k / 4) for k in range(-4, 5))
 
 
 def dpo_stage(
-    policy: SequenceStats,
-    reference: SequenceStats | None,
+    policy: AnySequenceStats,
+    reference: AnySequenceStats | None,
     config: PreferenceConfig,
     *,
     vocab_size: int,
+    beta: float | None = None,
+    log_s: Tensor | None = None,
+    variance: Tensor | None = None,
     context_scale: Tensor | None = None,
+    pair_weight: Tensor | None = None,
+    prompt_entropy: Tensor | None = None,
+    confidence: Tensor | None = None,
+    features: Tensor | None = None,
     totals: StepTotals | None = None,
+    state: RunningMeans | None = None,
 ) -> LossOutput:
-    """Preference loss of 2B rows, the B chosen first.
+    """Preference loss of 2B rows, the B chosen first, with the weighted regularisers and priors of the heads.
 
     Args:
         policy: statistics of the 2B rows under the policy.
         reference: the same under the reference, or None where the objective reads none.
         config: the objective.
         vocab_size: rows of the LM head.
+        beta: the base value at this step; None: `config.beta`.
+        log_s: (B,) of the Beta head; None: beta is fixed.
+        variance: (2B,) of the Disco head, where the objective compares Gaussians.
         context_scale: (B,) phi(x) of the dataset's own.
+        pair_weight: (B,) weights of the dataset's own.
+        prompt_entropy, confidence, features: (B,), (B,), (B, F), as in `regularizer_loss`.
         totals: what to divide by; None: this batch alone.
+        state: running means, updated in place.
     """
-    chosen, rejected = split_pair(policy)
-    ref_chosen, ref_rejected = (None, None) if reference is None else split_pair(reference)
+    chosen, rejected = policy.split()
+    ref_chosen, ref_rejected = (None, None) if reference is None else reference.split()
+    variances = (None, None) if variance is None else variance.chunk(2)
+    base = config.beta if beta is None else beta
     output = preference_loss(
         chosen, rejected, config, ref_chosen=ref_chosen, ref_rejected=ref_rejected,
-        context_scale=context_scale, vocab_size=vocab_size,
+        beta=base if log_s is None else base * log_s.exp(), context_scale=context_scale,
+        chosen_variance=variances[0], rejected_variance=variances[1], vocab_size=vocab_size,
+        pair_weight=pair_weight, totals=totals, state=state,
     )  # fmt: skip
-    if totals is None:
-        return output
-    loss = output.losses.sum() / totals.rows
-    if config.sft_weight != 0 and config.sft_reduction == "token":
-        loss = loss - config.sft_weight * chosen.logps.sum() / totals.tokens
-    return output._replace(loss=loss)
+    extra, metrics = output.loss.new_zeros(()), dict(output.metrics)
+    if log_s is not None:
+        extra, found = regularizer_loss(
+            log_s, config, prompt_entropy=prompt_entropy, confidence=confidence, features=features, state=state
+        )
+        metrics |= {**found, **_histogram(log_s)}
+    if variance is not None:
+        means = torch.cat((output.chosen_rewards, output.rejected_rewards))
+        prior = gaussian_prior(means, variance).mean()
+        extra = extra + config.disco_prior_weight * prior
+        metrics["disco/prior"] = prior.detach()
+    if variance is not None and log_s is not None:
+        # s and the variances scale the same z: without a gauge they would drift together.
+        gauge = torch.add(*variance.chunk(2)).clamp(min=config.variance_floor).log().mean()
+        extra = extra + gauge.square()
+        metrics["disco/log_variance"] = gauge.detach()
+    share = 1 if totals is None else len(output.losses) / totals.rows.to(extra)
+    return output._replace(loss=output.loss + share * extra, metrics=metrics)
 
 
-def sft_stage(policy: SequenceStats, *, totals: StepTotals | None = None) -> LossOutput:
+def gaussian_prior(mean: Tensor, variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) = (variance + mean^2 - 1 - log variance)/2, in nats, shape of the arguments."""
+    return (variance + mean.square() - 1 - variance.log()) / 2
+
+
+@torch.no_grad()
+def _histogram(log_s: Tensor) -> dict[str, Tensor]:
+    """Share of the batch in each bin of s(x) = beta_eff/beta, as names that meters average; and the mean of log s."""
+    edges = torch.tensor(HISTOGRAM_EDGES[1:-1], device=log_s.device).log()
+    bins = torch.arange(len(edges) + 1, device=log_s.device)
+    counts = (torch.bucketize(log_s, edges)[:, None] == bins).float().mean(dim=0)
+    names = [f"beta/histogram/{low:.2f}-{high:.2f}" for low, high in pairwise(HISTOGRAM_EDGES)]
+    return {"log_s/mean": log_s.mean(), **dict(zip(names, counts, strict=True))}
+
+
+def sft_stage(policy: AnySequenceStats, *, totals: StepTotals | None = None) -> LossOutput:
     """Negative log-likelihood of the completions: mean over the step's tokens; `losses` are means per row."""
     lengths = policy.lengths.clamp(min=1).to(policy.logps.dtype)
     losses = -policy.logps / lengths

@@ -3,20 +3,33 @@
 import contextlib
 import copy
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
-from fastpo.arguments import PreferenceTrainingArguments
-from fastpo.backbone import causal_lm, head_parameters, install_stats_forward, sequence_stats
+from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
+from fastpo.arguments import PreferenceTrainingArguments, own_columns
+from fastpo.backbone import (
+    StatsOutput,
+    Wanted,
+    causal_lm,
+    head_parameters,
+    install_stats_forward,
+    model_stats,
+    prompts_of,
+)
+from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
+from fastpo.config import PreferenceConfig
 from fastpo.data import PreferenceCollator, tokenize_dataset
-from fastpo.stages import StepTotals, dpo_stage, sft_stage
-from fastpo.types import LossOutput, SequenceStats
+from fastpo.schedules import RunningMeans, scheduled_beta
+from fastpo.stages import dpo_stage, sft_stage
+from fastpo.types import LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +71,12 @@ class PreferenceTrainer(Trainer):
         args = PreferenceTrainingArguments() if args is None else args
         if not isinstance(args, PreferenceTrainingArguments):
             raise TypeError(f"args must be PreferenceTrainingArguments, got {type(args).__name__}")
-        self.objective = args.preference_config
-        _refuse_what_is_not_built(args)
         if args.n_gpu > 1:
             logger.warning(
                 "One process drives one GPU here: using the first of %d. See `accelerate launch`.", args.n_gpu
             )
             args._n_gpu = 1
+        source = model if isinstance(model, str) else getattr(causal_lm(model).config, "_name_or_path", None)
         model, ref_model, processing_class = _load(model, ref_model, processing_class, full=peft_config is None)
         if args.disable_dropout:
             _disable_dropout(model)
@@ -72,13 +84,12 @@ class PreferenceTrainer(Trainer):
         if peft_config is not None:
             if has_adapter:
                 raise ValueError("peft_config must be None for a model that already has an adapter")
-            model = _add_adapter(model, peft_config, args)
+            with without_heads(model):
+                model = _add_adapter(model, peft_config, args)
             has_adapter = True
+        self.objective = add_heads(model, ref_model, args.preference_config, source)
+        _check_optimizer(optimizers[0], model)
 
-        self.uses_reference = args.stage == "dpo" and self.objective.needs_reference
-        if self.uses_reference and ref_model is None and not has_adapter:
-            ref_model = copy.deepcopy(model)
-        self.ref_model = ref_model if self.uses_reference else None
         self.vocab_size = head_parameters(causal_lm(model))[0].shape[0]
         _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
         if data_collator is None:
@@ -91,13 +102,23 @@ class PreferenceTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else self._tokenize(eval_dataset, "eval_dataset", args, processing_class)
             )
-        self._meters = {"train": _Meter(), "eval": _Meter()}
+        self.uses_reference = args.stage == "dpo" and self.objective.needs_reference
+        self.prompt_features = _prompt_features(self.objective, args.stage)
+        parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        columns = [rows.column_names for rows in parts if rows is not None] or [[]]  # none yet: they may lack all
+        reads_reference = self.uses_reference or any(_missing(self.prompt_features, names) for names in columns)
+        if reads_reference and ref_model is None and not has_adapter:
+            with without_heads(model):
+                ref_model = copy.deepcopy(model)
+        self.ref_model = ref_model if reads_reference else None
+        self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
             model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        self.add_callback(_EarlierLoss(self))
+        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self)):
+            self.add_callback(callback)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
@@ -115,7 +136,7 @@ class PreferenceTrainer(Trainer):
             raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
         rows = tokenize_dataset(
             dataset, tokenizer, stage=args.stage, max_length=args.max_length, source=source,
-            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc,
+            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
         )  # fmt: skip
         objective = args.preference_config
         scaled = "context_scale" in rows.column_names
@@ -128,7 +149,25 @@ class PreferenceTrainer(Trainer):
             raise ValueError(
                 f"contextual_scaling='mallows' with reference_free=True needs a context_scale column in {source}"
             )
+        if objective.regularizers is not None and "confidence" in objective.regularizer_weights:
+            for name in {"score_chosen", "score_rejected"} - set(rows.column_names):
+                raise ValueError(f"regularizers names 'confidence', which needs a {name} column in {source}")
         return rows
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a parameter group of its own for the Beta head."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        head = heads_of(self.model).get("beta_head")
+        parameters = [] if head is None else [p for p in head.parameters() if p.requires_grad]
+        if made_here and head is not None and parameters:
+            own = {id(parameter) for parameter in parameters}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
+            rate = self.args.learning_rate * head.config.lr_multiplier
+            # No decay: what pulls s(x) towards 1 are the regularisers.
+            optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     # --- loss -------------------------------------------------------------------------------------------------------
 
@@ -149,21 +188,76 @@ class PreferenceTrainer(Trainer):
 
     def loss_output(self, model: nn.Module, inputs: dict[str, Any], totals: StepTotals | None = None) -> LossOutput:
         """The stage's `LossOutput` for a `PreferenceBatch` on the model's device."""
-        policy = self._stats(model, inputs)
         if self.args.stage == "sft":
-            return sft_stage(policy, totals=totals)
-        reference = None
-        if self.uses_reference:
-            with torch.no_grad(), self._reference(model) as reference_model:
-                reference = self._stats(reference_model, inputs)
+            return sft_stage(model_stats(model, inputs).sequence_stats(), totals=totals)
+        objective, dynamic = self.objective, self.objective.beta_mode == "dynamic_scaling"
+        reference, prompt = self._reference_stats(model, inputs)
+        head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
+        wanted = Wanted(
+            shared_logps=objective.ld_alpha is not None,
+            log_sum_sq_probs=objective.use_weighting,
+            variance="disco" in objective.comparisons,
+        )
+        read_by_head = {} if head is None else {name: prompt[name] for name in head.config.features}
+        policy = model_stats(model, inputs, wanted, read_by_head or None)
+        confidence = None
+        if "score_chosen" in inputs and "score_rejected" in inputs:
+            confidence = 2 * (torch.sigmoid(inputs["score_chosen"] - inputs["score_rejected"]) - 0.5).abs()
         return dpo_stage(
-            policy, reference, self.objective, vocab_size=self.vocab_size,
-            context_scale=inputs.get("context_scale"), totals=totals,
+            policy.sequence_stats(), None if reference is None else reference.sequence_stats(), objective,
+            vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
+            context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
+            prompt_entropy=prompt.get("entropy"), confidence=confidence,
+            features=None if head is None else head.features(**read_by_head), totals=totals,
+            # What evaluation sees is not remembered.
+            state=self.running_means if model.training else dict(self.running_means),
         )  # fmt: skip
 
-    @staticmethod
-    def _stats(model: nn.Module, inputs: dict[str, Any]) -> SequenceStats:
-        return sequence_stats(model, inputs["input_ids"], inputs["attention_mask"], inputs["completion_mask"])
+    @property
+    def running_means(self) -> RunningMeans:
+        """What regularisers and batch beta remember; checkpoints keep it."""
+        return next(callback.means for callback in self.callback_handler.callbacks if isinstance(callback, Memory))
+
+    def base_beta(self) -> float:
+        """beta at this step: `beta`, or what `beta_schedule` says; after training its last value."""
+        if self.objective.beta_schedule is None:
+            return self.objective.beta
+        done = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
+        return scheduled_beta(self.objective.beta_schedule, done)
+
+    @torch.no_grad()
+    def _reference_stats(
+        self, model: nn.Module, inputs: dict[str, Any]
+    ) -> tuple[StatsOutput | None, dict[str, Tensor]]:
+        """The reference's statistics where the objective reads them, and the prompt features by name.
+
+        A feature that is a column of the dataset is taken from there.
+        """
+        prompt = {name: inputs[f"prompt_{name}"] for name in self.prompt_features if f"prompt_{name}" in inputs}
+        missing = tuple(_missing(self.prompt_features, inputs))
+        if not self.uses_reference and not missing:
+            return None, prompt
+        if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
+            raise ValueError(f"dataset must have the columns prompt_{', prompt_'.join(missing)}, as the others have")
+        pairs = len(inputs["index"])
+        wanted = Wanted(shared_logps=self.objective.ld_alpha is not None, prompt=missing, prompt_rows=pairs)
+        batch = inputs if self.uses_reference else prompts_of(inputs, pairs)
+        with self._reference(model) as reference_model:
+            output = model_stats(reference_model, batch, wanted)
+        prompt |= {name: output[f"prompt_{name}"] for name in missing}
+        return output if self.uses_reference else None, prompt
+
+    def precompute_prompt_features(self, dataset: Dataset) -> Dataset:
+        """The dataset, tokenised, with columns prompt_* of what the Beta head and its regularisers read.
+
+        A trainer that is given such data needs no reference model for them.
+        """
+        rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
+        loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        found = [self._reference_stats(self.model, self._prepare_inputs(batch))[1] for batch in loader]
+        for name in _missing(self.prompt_features, rows.column_names):
+            rows = rows.add_column(f"prompt_{name}", torch.cat([prompt[name] for prompt in found]).float().tolist())
+        return rows
 
     @contextlib.contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -227,7 +321,7 @@ class PreferenceTrainer(Trainer):
         return loss.detach(), outputs["rewards"], torch.zeros_like(inputs["index"])
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._meters["eval"] = _Meter()
+        self._meters["eval"] = Meter()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         found = self._meters["eval"].collect(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
@@ -236,51 +330,23 @@ class PreferenceTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meters["train"].collect(self.accelerator))
-            self._meters["train"] = _Meter()
+            self._meters["train"] = Meter()
         super().log(logs, start_time)
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
 
-class _EarlierLoss(TrainerCallback):
-    """Makes train_loss of a resumed run the mean over all its steps; transformers counts those since the resumption."""
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_heads(self.model, resume_from_checkpoint)
 
-    def __init__(self, trainer: PreferenceTrainer) -> None:
-        self.trainer = trainer
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_heads(self.model, self.state.best_model_checkpoint)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        before = 0
-        for row in state.log_history:
-            if "loss" in row:
-                self.trainer._total_loss_scalar += row["loss"] * (row["step"] - before)
-                before = row["step"]
-
-
-class _Meter:
-    """Row-weighted means of metrics between two logs; names that end in /min or /max keep their extreme."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[Tensor]] = defaultdict(list)
-        self._weights: list[int] = []
-
-    def add(self, metrics: dict[str, Tensor], weight: int) -> None:
-        self._weights.append(weight)
-        for name, value in metrics.items():
-            self._values[name].append(value)
-
-    def collect(self, accelerator: Any) -> dict[str, float]:
-        """Over all processes; every process must call it with the same names."""
-        found = {}
-        for name, values in self._values.items():
-            stacked = torch.stack(values).double()
-            weights = torch.tensor(self._weights, dtype=torch.float64, device=stacked.device)
-            if name.endswith("/min"):
-                found[name] = accelerator.gather(stacked.min()).min().item()
-            elif name.endswith("/max"):
-                found[name] = accelerator.gather(stacked.max()).max().item()
-            else:
-                totals = torch.stack(((stacked * weights).sum(), weights.sum()))
-                total, weight = accelerator.reduce(totals, "sum").tolist()
-                found[name] = total / weight
-        return found
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Heads are not missing: they have files of their own."""
+        missing = [key for key in load_result.missing_keys if not set(key.split(".")) & set(HEADS)]
+        super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
 
 
 def _load(model: Any, ref_model: Any, tokenizer: Any, full: bool) -> tuple[Any, Any, Any]:
@@ -300,6 +366,17 @@ def _load(model: Any, ref_model: Any, tokenizer: Any, full: bool) -> tuple[Any, 
     return model, ref_model, tokenizer
 
 
+def _prompt_features(objective: PreferenceConfig, stage: str) -> tuple[str, ...]:
+    """Features of the prompt that the Beta head and its regularisers read."""
+    if stage != "dpo" or objective.beta_mode != "dynamic_scaling":
+        return ()
+    return tuple(sorted(set(objective.beta_head.features) | {"entropy"} & set(objective.regularizer_weights)))
+
+
+def _missing(features: Iterable[str], columns: Iterable[str]) -> list[str]:
+    return [name for name in features if f"prompt_{name}" not in columns]
+
+
 def _check_vocabulary(tokenizer: Any, embeddings: int) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError("processing_class must have an eos_token, got None")
@@ -307,10 +384,13 @@ def _check_vocabulary(tokenizer: Any, embeddings: int) -> None:
         raise ValueError(f"processing_class has {len(tokenizer)} tokens, more than the model's {embeddings} embeddings")
 
 
-def _refuse_what_is_not_built(args: PreferenceTrainingArguments) -> None:
-    for name in ("add_beta_head", "add_disco_head", "regularizers", "beta_schedule"):
-        if getattr(args, name):
-            raise ValueError(f"{name} is not supported by the trainer of this version, got {getattr(args, name)!r}")
+def _check_optimizer(optimizer: Any, model: Any) -> None:
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
+    for name, head in heads_of(model).items():
+        if given is not None and any(p.requires_grad and id(p) not in given for p in head.parameters()):
+            raise ValueError(
+                f"optimizers must have the parameters of the {name}, or (None, None); attach_head makes it"
+            )
 
 
 def _disable_dropout(model: nn.Module) -> None:

@@ -17,6 +17,19 @@ class TokenStats(NamedTuple):
     entropy: Tensor
 
 
+class ExtendedTokenStats(NamedTuple):
+    """`TokenStats` with what `extras` asked for.
+
+    Attributes:
+        logps, entropy: as in `TokenStats`.
+        log_sum_sq_probs: log sum_v p_v^2 of the predicted distribution, a constant.
+    """
+
+    logps: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+
+
 class SequenceStats(NamedTuple):
     """Per-sequence statistics of B responses.
 
@@ -29,6 +42,46 @@ class SequenceStats(NamedTuple):
     logps: Tensor
     lengths: Tensor
     entropy: Tensor
+
+    def split(self) -> tuple["SequenceStats", "SequenceStats"]:
+        """The first and the second half of 2B rows: chosen and rejected of a `PreferenceBatch`."""
+        first, second = zip(*(x.chunk(2) for x in self), strict=True)
+        return SequenceStats(*first), SequenceStats(*second)
+
+
+class ExtendedSequenceStats(NamedTuple):
+    """`SequenceStats` with what some objectives read beside; None where it was not asked for.
+
+    Attributes:
+        logps, lengths, entropy: as in `SequenceStats`.
+        log_sum_sq_probs: (B,) sum over the tokens of log sum_v p_v^2, a constant; for WPO's weights.
+        shared_logps: (B,) as logps, of the tokens within the shorter response of the pair; for LD-DPO.
+    """
+
+    logps: Tensor
+    lengths: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor | None = None
+    shared_logps: Tensor | None = None
+
+    def split(self) -> tuple["ExtendedSequenceStats", "ExtendedSequenceStats"]:
+        """As `SequenceStats.split`."""
+        first, second = zip(*((None, None) if x is None else x.chunk(2) for x in self), strict=True)
+        return ExtendedSequenceStats(*first), ExtendedSequenceStats(*second)
+
+
+AnySequenceStats = SequenceStats | ExtendedSequenceStats
+
+
+class StepTotals(NamedTuple):
+    """What one optimiser step averages over, as float tensors: all micro-batches, per process.
+
+    With P processes whose gradients are averaged, the totals are those of all processes divided by P, so that
+    micro-batches of any sizes on any number of processes give the gradient of the one large batch.
+    """
+
+    rows: Tensor
+    tokens: Tensor
 
 
 Stats = TypeVar("Stats", TokenStats, SequenceStats)
@@ -60,7 +113,14 @@ class PreferenceBatch(TypedDict):
     attention_mask: Tensor  # (R, T) int64, 0 on padding
     completion_mask: Tensor  # (R, T) int64, 1 on the tokens of the response
     index: Tensor  # (B,) int64, row number in the dataset
-    context_scale: NotRequired[Tensor]  # (B,) the caller's own phi(x)
+    # (B,) columns of the dataset's own, as fastpo.data names them; prompt_hidden (B, D)
+    context_scale: NotRequired[Tensor]
+    pair_weight: NotRequired[Tensor]
+    score_chosen: NotRequired[Tensor]
+    score_rejected: NotRequired[Tensor]
+    prompt_hidden: NotRequired[Tensor]
+    prompt_perplexity: NotRequired[Tensor]
+    prompt_entropy: NotRequired[Tensor]
 
 
 class LossOutput(NamedTuple):

@@ -140,7 +140,10 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "missing column": (["--dataset", "{no_rejected}"], "must have the columns of one of"),
     "row without a response": (["--dataset", "{hole}"], "hole.jsonl row 1: 'rejected' must be text or a list"),
     "empty response": (["--dataset", "{blank}"], "blank.jsonl row 1: a completion must not be empty"),
-    "unknown loss": (["--pref_loss_type", "sigmoidal"], "pref_loss_type must be one of sigmoid, hinge, ipo"),
+    "unknown loss": (
+        ["--pref_loss_type", "sigmoidal"],
+        "pref_loss_type must be one of sigmoid, sigmoid_norm, hinge",
+    ),
     "beta of zero": (["--beta", "0"], "beta must be a finite number > 0, got 0.0"),
     "negative beta": (["--beta=-1"], "beta must be a finite number > 0, got -1.0"),
     "dynamic beta without a head": (["--beta_mode", "dynamic_scaling"], "set add_beta_head=True, got False"),

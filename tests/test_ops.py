@@ -56,6 +56,32 @@ def test_16_bit_inputs_are_as_exact_as_their_rounding(impl: str, dtype: torch.dt
         assert_grads_close("gradient", grad, true, rtol=8e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked", "fused"])
+@pytest.mark.parametrize("mode", ["no_grad", "frozen", "lean"])
+def test_log_sum_sq_probs_against_float64(impl: str, mode: str) -> None:
+    if impl == "reference" and mode != "no_grad":
+        pytest.skip("knows no mode")
+    case = Case(seed=7, n=24, d=9, v=130, bias=True, softcap=4.0, logit_scale=1.3, temperature=0.7, frozen=True)
+    hidden, weight, bias, labels = case.tensors()
+    logits = 4 * torch.tanh(1.3 * (hidden.double() @ weight.double().T + bias.double()) / 4) / 0.7
+    want = torch.where(labels == -100, 0, torch.logsumexp(2 * torch.log_softmax(logits, -1), -1))
+    hidden, weight, bias, labels = place(impl, hidden, weight, bias, labels)
+    hidden.requires_grad_(mode != "no_grad")
+    options = {**case.options, "impl": impl, "mode": mode, "extras": ("log_sum_sq_probs",)}
+    tokens = linear_logps(hidden, weight, labels, bias, **options)
+    padded = linear_sequence_stats(hidden.view(4, 6, 9), weight, labels.view(4, 6), bias, **options)
+    assert not tokens.log_sum_sq_probs.requires_grad and tokens.logps.requires_grad is (mode != "no_grad")
+    assert (tokens.log_sum_sq_probs == 0).tolist() == (labels == -100).tolist()
+    torch.testing.assert_close(tokens.log_sum_sq_probs.double().cpu(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(padded.log_sum_sq_probs.double().cpu(), want.view(4, 6).sum(1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("extras", [("is_top1",), "log_sum_sq_probs"])
+def test_unknown_extras_are_refused(extras: Any) -> None:
+    with pytest.raises(ValueError, match="extras"):
+        linear_logps(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([1, 2]), extras=extras)
+
+
 def test_float64_stays_float64() -> None:
     case = Case(seed=2, n=20, d=9, v=300, bias=True, softcap=4.0, temperature=0.7, dtype=torch.float64)
     truth, true_grads = evaluate(case, "reference", torch.float64)

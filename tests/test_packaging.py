@@ -113,13 +113,19 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.types": (set(), {"torch"}),
     "fastpo.schedules": (set(), {"torch"}),
     "fastpo.links": (set(), {"torch"}),
-    "fastpo.config": ({"fastpo.links"}, set()),
+    "fastpo.methods": (set(), set()),
+    # regularizers names the config's type, for the type checker alone.
+    "fastpo.config": ({"fastpo.links", "fastpo.methods", "fastpo.regularizers", "fastpo.schedules"}, set()),
     "fastpo.reference": (set(), {"torch"}),
     "fastpo.kernels": ({"fastpo.kernels"}, {"torch", "triton"}),
     "fastpo.ops": ({"fastpo.kernels", "fastpo.reference", "fastpo.types"}, {"torch"}),
-    "fastpo.scores": ({"fastpo.config", "fastpo.ops", "fastpo.types"}, {"torch"}),
-    "fastpo.losses": ({"fastpo.config", "fastpo.links", "fastpo.ops", "fastpo.scores", "fastpo.types"}, {"torch"}),
-    "fastpo.heads": ({"fastpo.config", "fastpo.ops", "fastpo.types"}, {"safetensors", "torch"}),
+    "fastpo.scores": ({"fastpo.config", "fastpo.links", "fastpo.ops", "fastpo.types"}, {"torch"}),
+    "fastpo.loss_inputs": ({"fastpo.config", "fastpo.links", "fastpo.scores", "fastpo.types"}, {"torch"}),
+    "fastpo.losses": (
+        {"fastpo.config", "fastpo.links", "fastpo.loss_inputs", "fastpo.schedules", "fastpo.scores", "fastpo.types"},
+        {"torch"},
+    ),
+    "fastpo.heads": ({"fastpo.config", "fastpo.ops", "fastpo.types"}, {"huggingface_hub", "safetensors", "torch"}),
     "fastpo.regularizers": ({"fastpo.config", "fastpo.ops", "fastpo.schedules", "fastpo.types"}, {"torch"}),
     "fastpo.stages": (
         {"fastpo.config", "fastpo.heads", "fastpo.links", "fastpo.losses", "fastpo.ops"}

@@ -1,0 +1,147 @@
+"""What exists in a model beside its language model: heads attached, saved beside it, found again.
+
+A head is a submodule of the causal LM, so that wrappers (DDP, FSDP) see its parameters and its work happens inside the
+model's forward. The saved language model does not hold it: `save_pretrained` writes it into files of its own.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastpo.backbone import causal_lm, head_parameters
+from fastpo.config import PreferenceConfig
+from fastpo.heads import BetaHead, DiscoHead, Head
+
+logger = logging.getLogger(__name__)
+
+HEADS: dict[str, type[Head]] = {kind.name: kind for kind in (BetaHead, DiscoHead)}
+
+
+def heads_of(model: Any) -> dict[str, Any]:
+    """The heads attached to a model, by name."""
+    lm = causal_lm(model)
+    return {name: getattr(lm, name) for name in HEADS if isinstance(getattr(lm, name, None), nn.Module)}
+
+
+def load_heads(model: Any, name_or_path: str | Path) -> dict[str, Any]:
+    """Attach the heads that are saved beside a model or an adapter; into those attached already, load the weights.
+
+    Args:
+        model: a causal LM, possibly with PEFT adapters.
+        name_or_path: the folder, or a repository on the Hugging Face hub.
+
+    Returns:
+        the heads found, by name.
+
+    Raises:
+        ValueError: a saved head does not fit the one that is attached.
+    """
+    found = {}
+    for name, kind in HEADS.items():
+        if kind.is_saved(name_or_path):
+            attached = heads_of(model).get(name)
+            if attached is None:
+                attach_head(model, kind.from_pretrained(name_or_path))
+            else:
+                attached.load_pretrained(name_or_path)
+            found[name] = heads_of(model)[name]
+    return found
+
+
+def attach_head(model: Any, head: Head) -> None:
+    """Make a head part of a model, which from then on saves it beside itself."""
+    lm = causal_lm(model)
+    setattr(lm, head.name, head.to(head_parameters(lm)[0].device))
+    _save_heads_with(model)
+
+
+@contextlib.contextmanager
+def without_heads(model: Any) -> Iterator[None]:
+    """A model as if it had none, for what must not see them: copies, adapters on all linear layers."""
+    lm = causal_lm(model)
+    heads = heads_of(model)
+    for name in heads:
+        delattr(lm, name)
+    try:
+        yield
+    finally:
+        for name, head in heads.items():
+            setattr(lm, name, head)
+
+
+def add_heads(model: Any, reference: Any, config: PreferenceConfig, source: str | None) -> PreferenceConfig:
+    """Give a model the heads that the configuration says exist; those that it does not use stay untrained.
+
+    Args:
+        model: a causal LM, possibly with PEFT adapters, and with heads.
+        reference: another reference model, of whose hidden states the Beta head makes s(x), or None.
+        config: `add_beta_head`, `beta_head_config`, `add_disco_head`, and what is used of them.
+        source: where the model came from and its heads may be saved.
+
+    Returns:
+        config, with the `beta_head_config` of the Beta head that is there.
+
+    Raises:
+        ValueError: the head that is there differs from `beta_head_config`, or takes other hidden states.
+    """
+    exist = {"beta_head": config.add_beta_head, "disco_head": config.add_disco_head}
+    read = {"beta_head": model if reference is None else reference, "disco_head": model}
+    for name, kind in HEADS.items():
+        attached = heads_of(model).get(name)
+        saved = attached is None and bool(source) and kind.is_saved(str(source))
+        size = head_parameters(causal_lm(read[name]))[0].shape[1]
+        if saved and exist[name]:
+            attach_head(model, kind.from_pretrained(str(source)))
+        elif saved:
+            logger.warning("%s holds a %s; with add_%s=False it is left behind", source, name, name)
+        elif attached is None and exist[name]:
+            attach_head(model, BetaHead(size, config.beta_head) if kind is BetaHead else DiscoHead(size))
+        attached = heads_of(model).get(name)
+        if attached is not None and attached.input_size != size:
+            raise ValueError(f"{name} must take hidden states of size {size}, got one for size {attached.input_size}")
+        if attached is not None and any(hasattr(module, "base_layer") for module in attached.modules()):
+            raise ValueError(f"{name} must not have LoRA on it: make the PEFT model first, then load_heads")
+    if heads_of(model):
+        _save_heads_with(model)  # an adapter may have come since they were attached
+    beta_head = heads_of(model).get("beta_head")
+    if beta_head is not None and config.beta_head_config is not None and beta_head.config != config.beta_head:
+        raise ValueError(
+            f"beta_head_config must be None or that of the model's Beta head, {beta_head.config}, "
+            f"got {config.beta_head_config!r}"
+        )
+    used = {"beta_head": config.beta_mode == "dynamic_scaling", "disco_head": "disco" in config.comparisons}
+    for name, head in heads_of(model).items():
+        head.requires_grad_(used[name])
+    if beta_head is None or not config.add_beta_head:
+        return config
+    return dataclasses.replace(config, beta_head_config=dataclasses.asdict(beta_head.config))
+
+
+def _save_heads_with(model: Any) -> None:
+    """Have `save_pretrained` of a model, and of the causal LM in it, write the heads beside it and not in it."""
+    for saving in {id(x): x for x in (model, causal_lm(model))}.values():
+        if "_plain_save_pretrained" not in saving.__dict__:
+            # Bound methods, not closures, so that a deep copy saves itself and not the model it was copied from.
+            saving._plain_save_pretrained = saving.save_pretrained
+            saving.save_pretrained = MethodType(_save_pretrained, saving)
+
+
+def _save_pretrained(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    plain = model._plain_save_pretrained
+    whole: dict[str, Tensor] = kwargs.pop("state_dict", None) or model.state_dict()
+    apart = {name: {key for key in whole if name in key.split(".")} for name in HEADS}
+    rest = {key: value for key, value in whole.items() if not any(key in keys for keys in apart.values())}
+    given = inspect.signature(plain).bind(save_directory, *args, **kwargs).arguments
+    saved = plain(save_directory, *args, state_dict=rest, **kwargs)
+    if given.get("is_main_process", True):
+        for name, head in heads_of(model).items():
+            weights = {key.split(f"{name}.", 1)[1]: whole[key] for key in apart[name]}
+            head.save_pretrained(save_directory, state_dict=weights)
+    return saved

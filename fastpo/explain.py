@@ -1,0 +1,131 @@
+"""What an objective optimises, in words and as a formula, and which of its pairings are known to be bad."""
+
+import inspect
+from collections.abc import Iterator
+
+from fastpo.config import PreferenceConfig
+from fastpo.links import LINKS
+from fastpo.methods import METHODS
+
+
+def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None) -> str:
+    """Formula, words and warnings, as text.
+
+    Args:
+        config: the objective.
+        stage: the stage of training.
+        preset: the name of the method that it starts from, if any.
+    """
+    if stage == "sft":
+        return "stage sft: loss = -log pi(chosen), mean over the step's tokens; the objective's fields are not read."
+    parts = {
+        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): _formula(config),
+        "In words": (f"- {line}" for line in _words(config)),
+        "Warnings": (f"- {line}" for line in warnings(config, preset)),
+    }
+    sections = [(title, list(lines)) for title, lines in parts.items()]
+    return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections if lines)
+
+
+def _formula(config: PreferenceConfig) -> Iterator[str]:
+    bar = "_bar" if config.per_token else ""
+    weight = config.reference_weight if config.needs_reference else 0.0
+    if any(LINKS[name].of not in ("policy", "chosen") for name in config.loss_weights):
+        if config.f_divergence_type == "reverse_kl":
+            reference = f" - {'' if weight == 1 else f'{weight:g} '}D_reference{bar}" if weight else ""
+            yield f"h     = D_policy{bar}{reference}"
+        else:
+            yield f"h     = g(h_w){bar} - g(h_l){bar}, g of {config.f_divergence_type}, h_w = log pi - log ref"
+        phi = {"none": "", "mallows": "phi(x) * "}[config.contextual_scaling]
+        margin = f" - {config.margin:g}" if config.margin else ""
+        score = f"b * h{margin}" if config.margin_units == "reward" or not margin else f"b * (h{margin})"
+        yield f"z     = {phi}{f'({score})' if phi and margin and config.margin_units == 'reward' else score}"
+        if phi:
+            yield f"phi   = -{config.contextual_scaling_coef:g} * log(mean entropy of the reference / log V)"
+    yield f"b     = {_beta(config)}"
+    terms = []
+    for name, weight in config.loss_weights.items():
+        smoothed = config.label_smoothing and LINKS[name].of == "score"
+        value = f"[{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else "f"
+        terms.append(f"{'' if weight == 1 else f'{weight:g} * '}{name}" + (f" {value}" if smoothed else ""))
+    if config.sft_weight:
+        terms.append(f"{config.sft_weight:g} * SFT ({config.sft_reduction})")
+    terms += [f"{weight:g} * {name}(log s)" for name, weight in config.regularizer_weights.items()]
+    if "disco" in config.comparisons and config.disco_prior_weight:
+        terms.append(f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))")
+    yield f"loss  = {'w * ' if config.use_weighting else ''}{' + '.join(terms)}"
+    for name in config.loss_weights:
+        yield f"{name}: {str(inspect.getdoc(LINKS[name].f)).splitlines()[0]}"
+
+
+def _beta(config: PreferenceConfig) -> str:
+    if config.beta_schedule is None:
+        base = f"{config.beta:g}"
+    else:
+        points = ", ".join(f"{beta:g} at {at:.0%}" for at, beta in config.beta_schedule["points"])
+        base = f"{config.beta_schedule.get('interpolation', 'linear')} schedule ({points})"
+    if config.batch_beta_coef:
+        base = f"max({base} * (1 + {config.batch_beta_coef:g} * (gap - its running mean)), 1e-3)"
+    return f"{base} * s(x)" if config.beta_mode == "dynamic_scaling" else base
+
+
+def _words(config: PreferenceConfig) -> Iterator[str]:
+    if config.comparisons:
+        yield "Log-probs are means per token." if config.per_token else "Log-probs are sums over the response."
+    if not config.needs_reference:
+        yield "No reference model is read by the loss."
+    elif config.reference_mix is not None:
+        yield f"The reference counts {config.reference_mix:g}; the rest of it is the margin."
+    else:
+        yield "The reference is the model before training, or without its adapter, or ref_model."
+    if config.home_advantage:
+        yield f"Chosen must win by a margin of {config.margin:g}, in {config.margin_units} units."
+    if config.contextual_scaling == "mallows":
+        yield "Pairs on which the reference is unsure (high dispersion) weigh LESS."
+    if config.label_smoothing:
+        yield f"A label is taken to be flipped with probability {config.label_smoothing:g}."
+    if config.ld_alpha is not None:
+        yield f"Tokens beyond the shorter response of a pair count {config.ld_alpha:g}."
+    if config.use_weighting:
+        yield "Pairs weigh w, the likelihood of both responses under the policy."
+    yield from _head_words(config)
+
+
+def _head_words(config: PreferenceConfig) -> Iterator[str]:
+    head = config.beta_head
+    if config.beta_mode == "dynamic_scaling":
+        bound = "without a bound" if head.s_max is None else f"between {1 / head.s_max:g} and {head.s_max:g}"
+        yield (
+            f"s(x) is learned by a {head.kind} Beta head from the prompt alone ({', '.join(head.features)} under the "
+            f"reference), {bound}, at {head.lr_multiplier:g} of the learning rate; it starts at 1."
+        )
+        if "entropy" in config.regularizer_weights:
+            larger = "familiar (low entropy)" if head.direction == "familiar" else "unfamiliar (high entropy)"
+            yield f"Prompts that are {larger} to the reference are drawn to the LARGER beta."
+    elif config.add_beta_head:
+        yield "A Beta head exists, is saved and loaded, and is not used: beta_mode is fixed."
+    if "disco" in config.comparisons:
+        yield "Rewards are Gaussian: implicit rewards are the means, the Disco head gives the variances."
+    elif config.add_disco_head:
+        yield "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
+
+
+def warnings(config: PreferenceConfig, preset: str | None = None) -> list[str]:
+    """Pairings that are legal and known to be bad. (`ipo` with a learned s(x) is refused by `PreferenceConfig`.)"""
+    dynamic, found = config.beta_mode == "dynamic_scaling", []
+    if dynamic and not config.regularizer_weights:
+        found.append(
+            "beta_mode=dynamic_scaling without a regulariser: s(x) runs to its bounds, and loses accuracy against a "
+            "fixed beta; leave regularizers at none for the defaults."
+        )
+    if dynamic and config.contextual_scaling != "none":
+        found.append(
+            "contextual_scaling with a learned s(x): phi(x) and s(x) multiply the same score from the same entropy; "
+            "s(x) learns to undo phi(x). Use one of them."
+        )
+    if preset == "rso" and config.length_normalization:
+        found.append(
+            "RSO with length_normalization: pairs are sampled for rewards of whole responses, and the loss then "
+            "compares means per token."
+        )
+    return found
