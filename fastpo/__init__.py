@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpo.config import BetaHeadConfig, PreferenceConfig
 from fastpo.heads import BetaHead, DiscoHead
-from fastpo.losses import preference_loss, reward_model_loss
+from fastpo.losses import gaussian_prior, preference_loss, reward_model_loss
 from fastpo.ops import joint_linear_logps, joint_linear_sequence_stats, linear_logps, linear_sequence_stats
 from fastpo.regularizers import regularizer_loss
 from fastpo.types import (
@@ -49,6 +49,7 @@ __all__ = [
     "SequenceStats",
     "StepTotals",
     "TokenStats",
+    "gaussian_prior",
     "joint_linear_logps",
     "joint_linear_sequence_stats",
     "linear_logps",

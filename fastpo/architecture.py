@@ -95,7 +95,9 @@ def add_heads(model: Any, reference: Any, config: PreferenceConfig, source: str 
     read = {"beta_head": model if reference is None else reference, "disco_head": model}
     for name, kind in HEADS.items():
         attached = heads_of(model).get(name)
-        saved = attached is None and bool(source) and kind.is_saved(str(source))
+        # A hub is asked only for a head that shall exist.
+        asked = attached is None and bool(source) and (exist[name] or Path(str(source)).is_dir())
+        saved = asked and kind.is_saved(str(source))
         size = head_parameters(causal_lm(read[name]))[0].shape[1]
         if saved and exist[name]:
             attach_head(model, kind.from_pretrained(str(source)))

@@ -44,16 +44,21 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
             yield f"phi   = -{config.contextual_scaling_coef:g} * log(mean entropy of the reference / log V)"
     yield f"b     = {_beta(config)}"
     terms = []
-    for name, weight in config.loss_weights.items():
+    for name, share in config.loss_weights.items():
         smoothed = config.label_smoothing and LINKS[name].of == "score"
-        value = f"[{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else "f"
-        terms.append(f"{'' if weight == 1 else f'{weight:g} * '}{name}" + (f" {value}" if smoothed else ""))
+        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
+        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
     if config.sft_weight:
         terms.append(f"{config.sft_weight:g} * SFT ({config.sft_reduction})")
-    terms += [f"{weight:g} * {name}(log s)" for name, weight in config.regularizer_weights.items()]
-    if "disco" in config.comparisons and config.disco_prior_weight:
-        terms.append(f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))")
-    yield f"loss  = {'w * ' if config.use_weighting else ''}{' + '.join(terms)}"
+    if config.use_weighting:
+        terms = [f"w * {terms[0]}" if len(terms) == 1 else f"w * ({' + '.join(terms)})"]
+    for name, share in config.regularizer_weights.items():
+        optional = config.regularizers is None and name == "confidence"
+        terms.append(f"{share:g} * {name}(log s)" + " where the data has scores" * optional)
+    if "disco" in config.comparisons:
+        terms += [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"] * (config.disco_prior_weight != 0)
+        terms += ["(mean log variance)^2"] * (config.beta_mode == "dynamic_scaling")
+    yield f"loss  = {' + '.join(terms)}"
     for name in config.loss_weights:
         yield f"{name}: {str(inspect.getdoc(LINKS[name].f)).splitlines()[0]}"
 
@@ -64,9 +69,11 @@ def _beta(config: PreferenceConfig) -> str:
     else:
         points = ", ".join(f"{beta:g} at {at:.0%}" for at, beta in config.beta_schedule["points"])
         base = f"{config.beta_schedule.get('interpolation', 'linear')} schedule ({points})"
+    if config.beta_mode == "dynamic_scaling":
+        base = f"{base} * s(x)"
     if config.batch_beta_coef:
-        base = f"max({base} * (1 + {config.batch_beta_coef:g} * (gap - its running mean)), 1e-3)"
-    return f"{base} * s(x)" if config.beta_mode == "dynamic_scaling" else base
+        return f"max({base} * (1 + {config.batch_beta_coef:g} * (gap - its running mean)), 1e-3)"
+    return base
 
 
 def _words(config: PreferenceConfig) -> Iterator[str]:
@@ -74,11 +81,11 @@ def _words(config: PreferenceConfig) -> Iterator[str]:
         yield "Log-probs are means per token." if config.per_token else "Log-probs are sums over the response."
     if not config.needs_reference:
         yield "No reference model is read by the loss."
-    elif config.reference_mix is not None:
-        yield f"The reference counts {config.reference_mix:g}; the rest of it is the margin."
+    elif config.reference_mix not in (None, 1):
+        yield f"The reference counts {config.reference_mix:g}; home_advantage counts the rest."
     else:
         yield "The reference is the model before training, or without its adapter, or ref_model."
-    if config.home_advantage:
+    if config.margin and config.comparisons:
         yield f"Chosen must win by a margin of {config.margin:g}, in {config.margin_units} units."
     if config.contextual_scaling == "mallows":
         yield "Pairs on which the reference is unsure (high dispersion) weigh LESS."

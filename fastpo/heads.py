@@ -110,15 +110,15 @@ class BetaHead(Head):
 
     Args:
         input_size: D of the reference's hidden states; used where ``hidden`` is among the features.
-        config: kind, features, bound and training.
+        config: kind, features, bound and training; a `BetaHeadConfig` or its fields.
     """
 
     name = "beta_head"
 
-    def __init__(self, input_size: int, config: BetaHeadConfig | None = None) -> None:
+    def __init__(self, input_size: int, config: BetaHeadConfig | dict[str, Any] | None = None) -> None:
         super().__init__()
         self.input_size = input_size
-        self.config = BetaHeadConfig() if config is None else config
+        self.config = config if isinstance(config, BetaHeadConfig) else BetaHeadConfig.from_dict(config)
         width = sum(input_size if name == "hidden" else 1 for name in self.config.features)
         layers: list[nn.Module] = []
         if self.config.kind == "mlp":
@@ -161,7 +161,7 @@ class BetaHead(Head):
         Raises:
             ValueError: a feature that the head reads is missing or misshapen.
         """
-        columns = []
+        columns: list[Tensor] = []
         for name, value in (("hidden", hidden), ("perplexity", perplexity), ("entropy", entropy)):
             if name not in self.config.features:
                 continue
@@ -169,6 +169,8 @@ class BetaHead(Head):
             if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[1:] != wanted:
                 shape = f"(B, {self.input_size})" if name == "hidden" else "(B,)"
                 raise ValueError(f"{name} must be a tensor of shape {shape}, got {_shape(value)}")
+            if columns and len(value) != len(columns[0]):
+                raise ValueError(f"{name} must have {len(columns[0])} rows, as the other features, got {len(value)}")
             column = value.detach().float()
             if name == "hidden":
                 columns.append(F.layer_norm(column, wanted))  # the scale of hidden states differs by model
@@ -209,7 +211,7 @@ class DiscoHead(Head):
         Raises:
             ValueError: hidden has another shape.
         """
-        if hidden.dim() != 2 or hidden.shape[1] != self.input_size:
+        if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.shape[1] != self.input_size:
             raise ValueError(f"hidden must be a tensor of shape (R, {self.input_size}), got {_shape(hidden)}")
         with torch.autocast(hidden.device.type, enabled=False):
             mean, spread = self.linear(hidden.to(self.linear.weight.dtype)).float().unbind(dim=1)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class LinkParams(NamedTuple):
@@ -129,19 +128,23 @@ def disco(z: Tensor, params: LinkParams) -> Tensor:
 
 
 def log_ndtr(x: Tensor) -> Tensor:
-    """log Phi(x) with a gradient that holds in the tails; differentiable once. fp32 or wider inside."""
+    """log Phi(x) with a gradient that holds in the tails; fp32 or wider inside."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return _LogNdtr.apply(wide).to(x.dtype)
 
 
 class _LogNdtr(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(x: Tensor) -> Tensor:
         return torch.special.log_ndtr(x)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # torch's own is wrong in the lower tail. The Mills ratio phi(x)/Phi(x) through erfcx neither over- nor
         # underflows there; in the upper tail erfcx is infinite and the ratio 0.

@@ -41,6 +41,7 @@ def _cast(stats: AnySequenceStats, dtype: torch.dtype) -> AnySequenceStats:
 
 
 def beta_tensor(config: PreferenceConfig, beta: float | Tensor | None, like: Tensor) -> Tensor:
+    """beta_eff as a tensor () or (B,)."""
     if beta is None:
         beta = config.beta
     losses = config.comparisons or config.loss_weights
@@ -125,10 +126,15 @@ def check_column(name: str, value: Tensor | None, config: PreferenceConfig, batc
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.shape != batch:
         raise ValueError(f"{name} must have shape {tuple(batch)}, got {tuple(value.shape)}")
+    check_reads_column(name, config, name)
+
+
+def check_reads_column(name: str, config: PreferenceConfig, shown: str) -> None:
+    """Every loss of the sum reads this one of context_scale and pair_weight."""
     for loss in config.comparisons or config.loss_weights:
         of = LINKS[loss].of
         if "contextual_scaling" not in FORMED_BY[of] if name == "context_scale" else of == "sorted batch":
-            raise ValueError(f"{name} is not used by pref_loss_type {loss!r}: it must be None, got a tensor")
+            raise ValueError(f"{shown} is not used by pref_loss_type {loss!r}: leave it out")
 
 
 def check_extras(
@@ -170,7 +176,7 @@ def check_rewards(name: str, value: Tensor | None, like: Tensor) -> None:
     """(B,) floating-point, as the chosen means; a margin may be None."""
     if value is None and name == "margin":
         return
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if not isinstance(value, Tensor) or (name != "margin" and not value.is_floating_point()):
         raise TypeError(f"{name} must be a floating-point tensor, got {getattr(value, 'dtype', value)}")
     if value.dim() != 1 or len(value) == 0 or value.shape != like.shape:
         shape = tuple(like.shape) if name != "chosen_mean" else "(B,) with B >= 1"

@@ -53,7 +53,8 @@ def preference_loss(
     A sum of several losses f has them weighted; those that are no function of z (see `fastpo.links`) take the
     log-ratios of the responses. This covers DPO (arXiv:2305.18290), IPO, SLiC, SimPO, Mallows-DPO, RainbowPO
     (arXiv:2410.04203) and the rest of `fastpo methods`. A term whose coefficient is 0 is not formed. The result keeps
-    the inputs' dtype.
+    the inputs' dtype. Regularisers of s(x) and the prior of Gaussian rewards are not part of it: add
+    `regularizer_loss` and `config.disco_prior_weight` times the mean of `gaussian_prior`, as the trainer does.
 
     Args:
         chosen: the policy's statistics of the chosen responses, fields of shape (B,).
@@ -141,7 +142,8 @@ def reward_model_loss(
     """The loss of a reward model on B pairs: f(z) with z = mu_w - mu_l - m, label smoothing as in `preference_loss`.
 
     With ``sigmoid`` this is Bradley-Terry's softplus(-(r_w - r_l - m)); with ``disco`` the rewards are Gaussian and z
-    is divided by sqrt(var_w + var_l). beta is not used. The result keeps the inputs' dtype.
+    is divided by sqrt(var_w + var_l). beta is not used. The result keeps the inputs' dtype. The prior of Gaussian
+    rewards is not part of it: add `config.disco_prior_weight` times the mean of `gaussian_prior`.
 
     Args:
         chosen_mean: (B,) reward of the chosen responses, or its mean; differentiable.
@@ -178,14 +180,29 @@ def reward_model_loss(
     return LossOutput(losses.mean(), losses, *rewards, rewards[0] - rewards[1], metrics)
 
 
+def gaussian_prior(mean: Tensor, variance: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) = (variance + mean^2 - 1 - log variance)/2 (B,), in nats; arguments (B,).
+
+    It pins the scale that means and standard deviations of rewards share.
+    """
+    return (variance + mean.square() - 1 - variance.log()) / 2
+
+
 def _comparison(
     name: str, scores: PairScores, b: Tensor, phi: Tensor | None, variance: Tensor | None, config: PreferenceConfig
 ) -> Tensor:
     """(B,) values of one loss."""
+    # Where a log-prob is -inf the loss is at its limit and moves with beta and variance no more: 0, not 0 * inf.
+    b = _constant_where(scores.h.isinf(), b)
+    variance = None if variance is None else _constant_where(scores.h.isinf(), variance)
     z = b * scores.h - config.margin if config.margin_units == "reward" else b * (scores.h - config.margin)
     if phi is not None:
         z = phi * z
     return _smoothed(name, z, LinkParams(b, *scores[:4], *_link_options(config), variance), config.label_smoothing)
+
+
+def _constant_where(mask: Tensor, x: Tensor) -> Tensor:
+    return torch.where(mask, x.detach(), x) if x.requires_grad else x
 
 
 def _link_options(config: PreferenceConfig) -> tuple[float, float, float]:

@@ -148,6 +148,8 @@ def regularizer_loss(
         if value is not None and (not isinstance(value, Tensor) or value.dim() != dims or len(value) != len(log_s)):
             wanted = f"({len(log_s)}, F)" if dims == 2 else f"({len(log_s)},)"
             raise ValueError(f"{name} must be a tensor of shape {wanted}, got {_shown(value)}")
+    if not hasattr(config, "regularizer_weights"):
+        raise TypeError(f"config must be a PreferenceConfig, got {type(config).__name__}")
     head = config.beta_head
     context = Context(
         prompt_entropy, confidence, features, math.inf if head.s_max is None else math.log(head.s_max),

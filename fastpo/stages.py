@@ -1,12 +1,13 @@
 """Stages: statistics of a batch become the loss of that stage."""
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastpo.config import PreferenceConfig
-from fastpo.losses import preference_loss
+from fastpo.losses import gaussian_prior, preference_loss
 from fastpo.regularizers import regularizer_loss
 from fastpo.schedules import RunningMeans
 from fastpo.types import AnySequenceStats, LossOutput, StepTotals
@@ -14,8 +15,8 @@ from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 STAGES = ("sft", "dpo")
 # Stages in which a head has something to do.
 HEAD_STAGES = {"beta_head": ("dpo", "ppo"), "disco_head": ("rm", "dpo")}
-# s(x) is counted in these bins; the outer two are open.
-HISTOGRAM_EDGES = tuple(4.0 ** (k / 4) for k in range(-4, 5))
+# s(x) is counted in these seven bins, of which one is around 1, where every run starts; the outer two are open.
+HISTOGRAM_EDGES = tuple(4.0 ** (k / 7) for k in range(-7, 8, 2))
 
 
 def dpo_stage(
@@ -81,17 +82,11 @@ def dpo_stage(
     return output._replace(loss=output.loss + share * extra, metrics=metrics)
 
 
-def gaussian_prior(mean: Tensor, variance: Tensor) -> Tensor:
-    """KL(N(mean, variance) || N(0, 1)) = (variance + mean^2 - 1 - log variance)/2, in nats, shape of the arguments."""
-    return (variance + mean.square() - 1 - variance.log()) / 2
-
-
 @torch.no_grad()
 def _histogram(log_s: Tensor) -> dict[str, Tensor]:
     """Share of the batch in each bin of s(x) = beta_eff/beta, as names that meters average; and the mean of log s."""
-    edges = torch.tensor(HISTOGRAM_EDGES[1:-1], device=log_s.device).log()
-    bins = torch.arange(len(edges) + 1, device=log_s.device)
-    counts = (torch.bucketize(log_s, edges)[:, None] == bins).float().mean(dim=0)
+    below = [(log_s <= math.log(edge)).float().mean() for edge in HISTOGRAM_EDGES[1:-1]]
+    counts = [high - low for low, high in pairwise([torch.zeros_like(below[0]), *below, torch.ones_like(below[0])])]
     names = [f"beta/histogram/{low:.2f}-{high:.2f}" for low, high in pairwise(HISTOGRAM_EDGES)]
     return {"log_s/mean": log_s.mean(), **dict(zip(names, counts, strict=True))}
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
@@ -27,6 +27,8 @@ from fastpo.backbone import (
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
 from fastpo.config import PreferenceConfig
 from fastpo.data import PreferenceCollator, tokenize_dataset
+from fastpo.loading import add_adapter, disable_dropout, load_models
+from fastpo.loss_inputs import check_reads_column
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
 from fastpo.types import LossOutput, StepTotals
@@ -77,15 +79,15 @@ class PreferenceTrainer(Trainer):
             )
             args._n_gpu = 1
         source = model if isinstance(model, str) else getattr(causal_lm(model).config, "_name_or_path", None)
-        model, ref_model, processing_class = _load(model, ref_model, processing_class, full=peft_config is None)
+        model, ref_model, processing_class = load_models(model, ref_model, processing_class, full=peft_config is None)
         if args.disable_dropout:
-            _disable_dropout(model)
+            disable_dropout(model)
         has_adapter = hasattr(model, "disable_adapter")
         if peft_config is not None:
             if has_adapter:
                 raise ValueError("peft_config must be None for a model that already has an adapter")
             with without_heads(model):
-                model = _add_adapter(model, peft_config, args)
+                model = add_adapter(model, peft_config, args)
             has_adapter = True
         self.objective = add_heads(model, ref_model, args.preference_config, source)
         _check_optimizer(optimizers[0], model)
@@ -149,6 +151,8 @@ class PreferenceTrainer(Trainer):
             raise ValueError(
                 f"contextual_scaling='mallows' with reference_free=True needs a context_scale column in {source}"
             )
+        for name in {"context_scale", "pair_weight"} & set(rows.column_names) if args.stage == "dpo" else ():
+            check_reads_column(name, objective, f"the column {name} of {source}")
         if objective.regularizers is not None and "confidence" in objective.regularizer_weights:
             for name in {"score_chosen", "score_rejected"} - set(rows.column_names):
                 raise ValueError(f"regularizers names 'confidence', which needs a {name} column in {source}")
@@ -240,7 +244,8 @@ class PreferenceTrainer(Trainer):
         if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
             raise ValueError(f"dataset must have the columns prompt_{', prompt_'.join(missing)}, as the others have")
         pairs = len(inputs["index"])
-        wanted = Wanted(shared_logps=self.objective.ld_alpha is not None, prompt=missing, prompt_rows=pairs)
+        shared = self.uses_reference and self.objective.ld_alpha is not None
+        wanted = Wanted(shared_logps=shared, prompt=missing, prompt_rows=pairs)
         batch = inputs if self.uses_reference else prompts_of(inputs, pairs)
         with self._reference(model) as reference_model:
             output = model_stats(reference_model, batch, wanted)
@@ -349,23 +354,6 @@ class PreferenceTrainer(Trainer):
         super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
 
 
-def _load(model: Any, ref_model: Any, tokenizer: Any, full: bool) -> tuple[Any, Any, Any]:
-    """Names become models, and a missing tokenizer the one saved beside the model.
-
-    A model trained in full is loaded in fp32: AdamW's steps at preference learning rates are below the resolution of
-    16-bit weights and would be lost.
-    """
-    dtype = "float32" if full else "auto"
-    model, ref_model = (
-        AutoModelForCausalLM.from_pretrained(x, dtype=dtype) if isinstance(x, str) else x for x in (model, ref_model)
-    )
-    if ref_model is not None and ref_model is model:
-        raise ValueError("ref_model must be another object than model, got the same one")
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(causal_lm(model).config._name_or_path)
-    return model, ref_model, tokenizer
-
-
 def _prompt_features(objective: PreferenceConfig, stage: str) -> tuple[str, ...]:
     """Features of the prompt that the Beta head and its regularisers read."""
     if stage != "dpo" or objective.beta_mode != "dynamic_scaling":
@@ -388,21 +376,4 @@ def _check_optimizer(optimizer: Any, model: Any) -> None:
     given = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
     for name, head in heads_of(model).items():
         if given is not None and any(p.requires_grad and id(p) not in given for p in head.parameters()):
-            raise ValueError(
-                f"optimizers must have the parameters of the {name}, or (None, None); attach_head makes it"
-            )
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-
-
-def _add_adapter(model: Any, peft_config: Any, args: PreferenceTrainingArguments) -> Any:
-    from peft import get_peft_model
-
-    if args.gradient_checkpointing:
-        # Checkpointed blocks of a frozen backbone have no gradient to follow unless their input asks for one.
-        model.enable_input_require_grads()
-    return get_peft_model(model, peft_config)
+            raise ValueError(f"optimizers must hold the {name}'s parameters (attach it first), or be (None, None)")

@@ -55,7 +55,7 @@ def collate(data: Dataset, rows: list[int] | None = None) -> dict[str, Tensor]:
 
 
 def trainer_for(path: Path, model: Any = None, data: Dataset | None = None, **fields: Any) -> PreferenceTrainer:
-    names = ("ref_model", "peft_config", "eval_dataset", "callbacks", "compute_metrics")
+    names = ("ref_model", "peft_config", "eval_dataset", "callbacks", "compute_metrics", "optimizers")
     extra = {name: fields.pop(name) for name in names if name in fields}
     return PreferenceTrainer(
         tiny_model() if model is None else model, args=tiny_args(path, **fields),

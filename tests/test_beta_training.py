@@ -97,14 +97,15 @@ def test_names_in_training_and_evaluation(tmp_path: Path) -> None:
     for prefix, row in (("", trainer.state.log_history[0]), ("eval_", found)):
         assert {prefix + name for name in names} <= set(row)
         shares = [value for name, value in row.items() if name.startswith(f"{prefix}beta/histogram/")]
-        assert len(shares) == 8 and sum(shares) == pytest.approx(1)
+        assert len(shares) == 7 and sum(shares) == pytest.approx(1)
     plain = trainer_for(tmp_path, eval_dataset=data, **IDLE)
     plain.train()
     assert not [name for name in plain.evaluate() if "regularizers" in name or "histogram" in name or "disco" in name]
 
 
 @pytest.mark.parametrize(
-    ("s", "bin_"), [(0.3, "0.25-0.35"), (0.98, "0.71-1.00"), (1.1, "1.00-1.41"), (2.7, "2.00-2.83"), (3.9, "2.83-4.00")]
+    ("s", "bin_"),
+    [(0.3, "0.25-0.37"), (0.8, "0.55-0.82"), (0.98, "0.82-1.22"), (1.02, "0.82-1.22"), (3.9, "2.69-4.00")],
 )
 def test_the_histogram_counts_s(tmp_path: Path, s: float, bin_: str) -> None:
     trainer = trainer_for(tmp_path, **DYNAMIC)
@@ -116,7 +117,7 @@ def test_the_histogram_counts_s(tmp_path: Path, s: float, bin_: str) -> None:
 
 def test_the_outer_bins_are_open(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, beta_head_config={"s_max": None}, **DYNAMIC)
-    for log_s, name in ((-7.0, "0.25-0.35"), (7.0, "2.83-4.00")):
+    for log_s, name in ((-7.0, "0.25-0.37"), (7.0, "2.69-4.00")):
         set_log_s(trainer, log_s)
         assert trainer.loss_output(trainer.model, collate(ragged_pairs())).metrics[f"beta/histogram/{name}"] == 1
 
@@ -321,6 +322,31 @@ def test_bad_values_may_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
     trainer = trainer_for(tmp_path, data=data, skip_bad_rows=True)
     assert trainer.train_dataset["index"][:] == [0, 2, 3]
     assert trainer.train_dataset["pair_weight"][:] == [1.0, 3.0, 4.0] and "row 1: 'pair_weight'" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["context_scale", "pair_weight"])
+def test_a_column_that_the_loss_does_not_read_is_refused_before_training(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} of train_dataset is not used by pref_loss_type 'aot'"):
+        trainer_for(tmp_path, data=ragged_pairs(**{name: [1.0] * 8}), pref_loss_type="aot")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prompts_alone_are_no_pairs(tmp_path: Path, rows: int) -> None:
+    """What the objective wants of pairs is not asked of a reference that sees the prompts only."""
+    objective = {**DYNAMIC, "ld_alpha": 0.5, "reference_free": True}
+    trainer = trainer_for(tmp_path, data=ragged_pairs(rows), per_device_train_batch_size=rows, **objective)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
+
+
+def test_the_head_s_parameters_must_be_in_an_optimizer_of_the_caller_s(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="optimizers must hold the beta_head's parameters"):
+        trainer_for(tmp_path, model, optimizers=(optimizer, None), **DYNAMIC)
+    attach_head(model, BetaHead(32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer_for(tmp_path, model, optimizers=(optimizer, None), **DYNAMIC)
 
 
 @pytest.mark.parametrize("lacking", ["score_chosen", "score_rejected"])

@@ -36,6 +36,7 @@ from preference_oracle import (
 
 from fastpo import ExtendedSequenceStats, LossOutput, PreferenceConfig, preference_loss
 from fastpo.links import LINKS as IMPLEMENTED
+from fastpo.links import log_ndtr
 from fastpo.methods import METHODS
 from fastpo.types import StepTotals
 
@@ -1002,3 +1003,28 @@ def test_objectives_that_make_no_sense_are_refused(mentions: str, fields: Fields
     with pytest.raises(ValueError) as error:
         PreferenceConfig(**fields)
     assert all(word in str(error.value) for word in mentions.split())
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name not in (*SORTED_LOSSES, "sft")])
+def test_an_impossible_response_leaves_beta_and_variance_numbers(loss: str) -> None:
+    """Where the loss is finite; its limit does not move with beta and variance."""
+    beta, spread = (torch.full((2,), x, dtype=torch.float64, requires_grad=True) for x in (0.3, 0.5))
+    known = {"chosen_variance": spread, "rejected_variance": spread} if loss == "disco" else {}
+    leaves = (beta, spread) if loss == "disco" else (beta,)
+    config = PreferenceConfig(**needed(loss), **({} if loss == "orpo" else {"reference_free": True}))
+    for w, r in ((-3.0, -math.inf), (-math.inf, -3.0)):
+        sides = stats([w, -2.0]), stats([r, -3.0])
+        left_out = preference_loss(*sides, config, beta=beta, pair_weight=torch.tensor([0.0, 1.0]), **known)
+        assert left_out.loss.isfinite()
+        losses = [left_out.loss]
+        losses += [loss for loss in (preference_loss(*sides, config, beta=beta, **known).loss,) if loss.isfinite()]
+        for value in losses:
+            assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value, leaves))
+
+
+def test_disco_under_functional_transforms() -> None:
+    """torch.func's gradient is autograd's."""
+    z = torch.tensor([-1e4, -30.0, 0.5, 8.0], dtype=torch.float64)
+    leaf = z.clone().requires_grad_()
+    log_ndtr(leaf).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda x: log_ndtr(x).sum())(z), leaf.grad, rtol=1e-14, atol=0)

@@ -1,4 +1,4 @@
-"""`reward_model_loss` against MATH.md's rm semantics, and the stages' Gaussian prior."""
+"""`reward_model_loss` against MATH.md's rm semantics, and the Gaussian prior."""
 
 import math
 from typing import Any
@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastpo import PreferenceConfig, reward_model_loss
-from fastpo.stages import gaussian_prior
+from fastpo import PreferenceConfig, gaussian_prior, reward_model_loss
 
 DISCO = {"add_disco_head": True, "pref_loss_type": "disco"}
 CHOSEN, REJECTED = [1.2, -0.3, 0.0, 2.5, -4.0], [0.4, 0.9, 0.0, -1.0, 3.0]
@@ -71,6 +70,13 @@ def test_float32_stays_float32() -> None:
         leaf(CHOSEN, torch.float32), leaf(REJECTED, torch.float32), PreferenceConfig(), margin=torch.ones(5).double()
     )
     assert out.losses.dtype == out.loss.dtype == torch.float32
+
+
+def test_a_margin_of_whole_numbers_is_a_margin() -> None:
+    whole, real = (
+        loss_of({}, margin=torch.tensor([1, 0, 2, 3, 1], dtype=dtype)).losses for dtype in (None, torch.float64)
+    )
+    assert torch.equal(whole, real)
 
 
 def test_a_margin_carries_no_gradient() -> None:
