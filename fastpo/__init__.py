@@ -7,7 +7,7 @@ from fastpo.config import BetaHeadConfig, PreferenceConfig
 from fastpo.heads import BetaHead, DiscoHead
 from fastpo.losses import gaussian_prior, preference_loss, reward_model_loss
 from fastpo.ops import joint_linear_logps, joint_linear_sequence_stats, linear_logps, linear_sequence_stats
-from fastpo.regularizers import regularizer_loss
+from fastpo.regularizers import label_confidence, regularizer_loss
 from fastpo.types import (
     ExtendedSequenceStats,
     ExtendedTokenStats,
@@ -52,6 +52,7 @@ __all__ = [
     "gaussian_prior",
     "joint_linear_logps",
     "joint_linear_sequence_stats",
+    "label_confidence",
     "linear_logps",
     "linear_sequence_stats",
     "load_heads",

@@ -80,7 +80,8 @@ def build_objective(fields: Any, stage: str) -> PreferenceConfig:
     objective = PreferenceConfig(**{name: getattr(fields, name) for name in OBJECTIVE_NAMES})
     for name, stages in HEAD_STAGES.items():
         if getattr(objective, f"add_{name}") and stage not in stages:
-            raise ValueError(f"add_{name} belongs to stages {', '.join(stages)}, got stage={stage!r}")
+            there = ", ".join(other for other in stages if other in STAGES)
+            raise ValueError(f"add_{name} belongs to stage {there}, got stage={stage!r}")
     if objective.regularizers and objective.beta_mode != "dynamic_scaling":
         raise ValueError(
             f"regularizers act on a learned beta: they must be None with beta_mode={objective.beta_mode!r}, "

@@ -227,8 +227,8 @@ def _shared_ends(completion_mask: Tensor) -> Tensor:
     shared = torch.minimum(*lengths.chunk(2)).repeat(2)
     # A completion that starts at token c is predicted from c - 1.
     split = (_last(completion_mask) - lengths + shared).clamp(min=0)
-    starts = torch.arange(rows, device=split.device) * width
-    return torch.cat((torch.stack((starts, starts + split), dim=1).flatten(), starts.new_tensor([rows * width])))
+    ends = torch.arange(rows + 1, device=split.device) * width
+    return torch.cat((torch.stack((ends[:-1], ends[:-1] + split), dim=1).flatten(), ends[-1:]))
 
 
 def _joined(parts: AnySequenceStats) -> ExtendedSequenceStats:

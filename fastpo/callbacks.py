@@ -1,7 +1,6 @@
 """What a trainer remembers between steps, and what it watches."""
 
 import logging
-import math
 from collections import defaultdict
 from typing import Any
 
@@ -10,16 +9,14 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from fastpo.architecture import heads_of
 from fastpo.schedules import RunningMeans
 
 logger = logging.getLogger(__name__)
 
-RUNAWAY = 10.0  # where an s(x) without a bound is no longer sane
-
 
 class Memory(TrainerCallback, ExportableState):
-    """Holds the objective's running means, and keeps them in checkpoints."""
+    """Holds the objective's running means, and keeps them in checkpoints. Each process has its own; those of the first
+    are kept."""
 
     def __init__(self) -> None:
         self.means: RunningMeans = {}
@@ -29,29 +26,30 @@ class Memory(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.means = {name: torch.tensor(value) for name, value in saved["attributes"]["means"].items()}
+        self.means = {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in saved["attributes"]["means"].items()
+        }
 
 
 class RunawayBeta(TrainerCallback):
-    """Says once which way s(x) runs into its bound, or far from 1 without one, and what to do."""
+    """Says once that most s(x) have run to their bound, or far from 1 without one, and what to do."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.warned = trainer, False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        mean = (logs or {}).get("log_s/mean")
-        if mean is None or self.warned:
+        if self.warned or (logs or {}).get("log_s/runaway", 0) <= 0.5:
             return
-        config = heads_of(self.trainer.model)["beta_head"].config
-        bound = math.log(config.s_max or RUNAWAY)
-        if abs(mean) > 0.9 * bound:
-            self.warned = True
-            logger.warning(
-                "beta %s: mean log s(x) is %.2f of at most %.2f at step %d. Raise the regularizers 'pointwise' and "
-                "'global' (now %s), or lower beta_head_config's lr_multiplier (now %g).",
-                "blows up" if mean > 0 else "collapses", mean, bound, state.global_step,
-                self.trainer.objective.regularizer_weights or "none", config.lr_multiplier,
-            )  # fmt: skip
+        self.warned, mean, objective = True, logs["log_s/mean"], self.trainer.objective
+        bound = objective.beta_head.s_max
+        logger.warning(
+            "beta %s at step %d: %.0f%% of s(x) are %s, mean log s(x) is %.2f. Raise the regularizers 'pointwise' "
+            "and 'global' (now %s), or lower beta_head_config's lr_multiplier (now %g).",
+            "blows up" if mean > 0.1 else "collapses" if mean < -0.1 else "runs to both ends",
+            state.global_step, 100 * logs["log_s/runaway"],
+            "beyond tenfold" if bound is None else f"near their bound, {bound:g} or its inverse",
+            mean, objective.regularizer_weights or "none", objective.beta_head.lr_multiplier,
+        )  # fmt: skip
 
 
 class EarlierLoss(TrainerCallback):
@@ -81,17 +79,20 @@ class Meter:
             self._values[name].append(value)
 
     def collect(self, accelerator: Any) -> dict[str, float]:
-        """Over all processes; every process must call it with the same names."""
-        found = {}
-        for name, values in self._values.items():
-            stacked = torch.stack(values).double()
-            weights = torch.tensor(self._weights, dtype=torch.float64, device=stacked.device)
-            if name.endswith("/min"):
-                found[name] = accelerator.gather(stacked.min()).min().item()
-            elif name.endswith("/max"):
-                found[name] = accelerator.gather(stacked.max()).max().item()
-            else:
-                totals = torch.stack(((stacked * weights).sum(), weights.sum()))
-                total, weight = accelerator.reduce(totals, "sum").tolist()
-                found[name] = total / weight
+        """Over all processes, in two exchanges; every process must call it with the same names."""
+        if not self._values:
+            return {}
+        stacked = {name: torch.stack(values).double() for name, values in self._values.items()}
+        device = next(iter(stacked.values())).device
+        weights = torch.tensor(self._weights, dtype=torch.float64, device=device)
+        extremes = {name: -1 if name.endswith("/max") else 1 for name in stacked if name.endswith(("/min", "/max"))}
+        sums = [(values * weights).sum() for name, values in stacked.items() if name not in extremes]
+        *totals, weight = accelerator.reduce(torch.stack([*sums, weights.sum()]), "sum").tolist()
+        found = dict(zip((name for name in stacked if name not in extremes), totals, strict=True))
+        found = {name: total / weight for name, total in found.items()}
+        if extremes:
+            # The greatest is the negative of the least negative.
+            lowest = torch.stack([(sign * stacked[name]).min() for name, sign in extremes.items()])
+            everywhere = accelerator.gather(lowest).view(-1, len(extremes)).amin(dim=0).tolist()
+            found |= {name: sign * low for (name, sign), low in zip(extremes.items(), everywhere, strict=True)}
         return found

@@ -144,22 +144,22 @@ class PreferenceConfig:
         changed = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         losses = self.comparisons or tuple(self.loss_weights)
         # What forms the score concerns every comparison of a sum; what one link alone knows, that one.
-        for option in sorted(changed & frozenset().union(*FORMED_BY.values())):
+        for field in sorted(changed & frozenset().union(*FORMED_BY.values())):
             for name in losses:
-                self._check_reads(name, option, option in FORMED_BY[LINKS[name].of])
-        for option in sorted(changed & {option for link in LINKS.values() for option in link.options}):
-            self._check_reads(" + ".join(losses), option, any(option in LINKS[name].options for name in losses))
+                self._check_reads(name, field, field in FORMED_BY[LINKS[name].of])
+        for field in sorted(changed & {field for link in LINKS.values() for field in link.options}):
+            self._check_reads(" + ".join(losses), field, any(field in LINKS[name].options for name in losses))
         if "f_alpha_divergence_coef" in changed and self.f_divergence_type not in ("alpha", "alpha_divergence"):
             raise ValueError(
                 f"f_alpha_divergence_coef is not used by f_divergence_type={self.f_divergence_type!r}, "
                 f"got {self.f_alpha_divergence_coef!r}"
             )
 
-    def _check_reads(self, losses: str, option: str, reads: bool) -> None:
+    def _check_reads(self, losses: str, field: str, reads: bool) -> None:
         if not reads:
             raise ValueError(
-                f"{option} is not used by pref_loss_type {losses!r}: leave it at its default, "
-                f"got {getattr(self, option)!r}"
+                f"{field} is not used by pref_loss_type {losses!r}: leave it at its default, "
+                f"got {getattr(self, field)!r}"
             )
 
     def _check_pairings(self) -> None:
@@ -193,17 +193,11 @@ class PreferenceConfig:
     def _check_dynamic_scaling(self) -> None:
         if not self.add_beta_head:
             raise ValueError("beta_mode='dynamic_scaling' needs a Beta head: set add_beta_head=True, got False")
-        refused = {
-            "ipo": "it drives s(x) to infinity where h < 0: use 'ipo_scaled'",
-            "sppo_hard": "its target 1/(2b) drives s(x) to infinity, as ipo's does",
-            "orpo": "beta is the weight of its second term, so that s(x) would go to 0",
-            "aot": "it sorts the pairs apart, and s(x) belongs to a pair",
-            "aot_unpaired": "it sorts the pairs apart, and s(x) belongs to a pair",
-        }
         for name in self.loss_weights:
-            if name in refused:
+            if LINKS[name].fixed_beta:
                 raise ValueError(
-                    f"pref_loss_type={name!r} cannot be paired with beta_mode='dynamic_scaling' ({refused[name]})"
+                    f"pref_loss_type={name!r} cannot be paired with beta_mode='dynamic_scaling' "
+                    f"({LINKS[name].fixed_beta})"
                 )
         if not self.comparisons:
             raise ValueError("beta_mode='dynamic_scaling' needs a comparison that reads beta, got pref_loss_type='sft'")

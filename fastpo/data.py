@@ -278,6 +278,8 @@ def _numbers(name: str, value: Any, vector: bool) -> Any:
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             kind = "a list of finite numbers" if vector else "a finite number"
             raise BadRowError(f"{name!r} must be {kind}, got {_shown(value)}")
+    if name == "pair_weight" and value < 0:
+        raise BadRowError(f"{name!r} must be >= 0, got {_shown(value)}")
     return value
 
 

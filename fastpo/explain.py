@@ -21,7 +21,7 @@ def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = N
     parts = {
         f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): _formula(config),
         "In words": (f"- {line}" for line in _words(config)),
-        "Warnings": (f"- {line}" for line in warnings(config, preset)),
+        "Warnings": (f"- {line}" for line in bad_pairings(config, preset)),
     }
     sections = [(title, list(lines)) for title, lines in parts.items()]
     return "\n\n".join("\n  ".join([title, *lines]) for title, lines in sections if lines)
@@ -60,7 +60,8 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
         terms += ["(mean log variance)^2"] * (config.beta_mode == "dynamic_scaling")
     yield f"loss  = {' + '.join(terms)}"
     for name in config.loss_weights:
-        yield f"{name}: {str(inspect.getdoc(LINKS[name].f)).splitlines()[0]}"
+        values = ", ".join(f"{option} = {getattr(config, option):g}" for option in LINKS[name].options)
+        yield f"{name}: {str(inspect.getdoc(LINKS[name].f)).splitlines()[0]}{f' ({values})' if values else ''}"
 
 
 def _beta(config: PreferenceConfig) -> str:
@@ -117,7 +118,7 @@ def _head_words(config: PreferenceConfig) -> Iterator[str]:
         yield "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
 
 
-def warnings(config: PreferenceConfig, preset: str | None = None) -> list[str]:
+def bad_pairings(config: PreferenceConfig, preset: str | None = None) -> list[str]:
     """Pairings that are legal and known to be bad. (`ipo` with a learned s(x) is refused by `PreferenceConfig`.)"""
     dynamic, found = config.beta_mode == "dynamic_scaling", []
     if dynamic and not config.regularizer_weights:

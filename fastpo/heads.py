@@ -1,6 +1,7 @@
 """Small networks beside the language model: the Beta head s(x) and the Disco head (mean, variance).
 
-Both are fp32 whatever the model's dtype, and are kept beside a model as NAME.safetensors and NAME_config.json.
+Both are made in fp32 whatever the model's dtype and answer in at least that; they are kept beside a model as
+NAME.safetensors and NAME_config.json.
 """
 
 import contextlib
@@ -133,9 +134,8 @@ class BetaHead(Head):
     ) -> Tensor:
         """log s(x) (B,), fp32; arguments as in `forward`."""
         features = self.features(hidden, perplexity=perplexity, entropy=entropy)
-        # Its weights are fp32, unless somebody cast the whole model (bf16_full_eval).
         with torch.autocast(features.device.type, enabled=False):
-            u = self.layers(features.to(next(self.parameters()).dtype))[:, 0].float()
+            u = _at_least_fp32(self.layers(features)[:, 0])
         if self.config.s_max is None:
             return u
         bound = math.log(self.config.s_max)
@@ -156,12 +156,13 @@ class BetaHead(Head):
     def features(
         self, hidden: Tensor | None = None, *, perplexity: Tensor | None = None, entropy: Tensor | None = None
     ) -> Tensor:
-        """(B, F) fp32 input of the network: hidden states of mean 0 and variance 1, log-perplexity, entropy. Detached.
+        """(B, F) input of the network, detached: hidden states of mean 0 and variance 1, log-perplexity, entropy.
 
         Raises:
             ValueError: a feature that the head reads is missing or misshapen.
         """
         columns: list[Tensor] = []
+        own_dtype = next(self.parameters()).dtype
         for name, value in (("hidden", hidden), ("perplexity", perplexity), ("entropy", entropy)):
             if name not in self.config.features:
                 continue
@@ -171,12 +172,12 @@ class BetaHead(Head):
                 raise ValueError(f"{name} must be a tensor of shape {shape}, got {_shape(value)}")
             if columns and len(value) != len(columns[0]):
                 raise ValueError(f"{name} must have {len(columns[0])} rows, as the other features, got {len(value)}")
-            column = value.detach().float()
+            column = value.detach().to(torch.promote_types(own_dtype, torch.float32))
             if name == "hidden":
                 columns.append(F.layer_norm(column, wanted))  # the scale of hidden states differs by model
             else:
                 columns.append((column.clamp(min=1).log() if name == "perplexity" else column)[:, None])
-        return torch.cat(columns, dim=1)
+        return torch.cat(columns, dim=1).to(own_dtype)
 
     def settings(self) -> dict[str, Any]:
         return {"input_size": self.input_size, **dataclasses.asdict(self.config)}
@@ -214,7 +215,7 @@ class DiscoHead(Head):
         if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.shape[1] != self.input_size:
             raise ValueError(f"hidden must be a tensor of shape (R, {self.input_size}), got {_shape(hidden)}")
         with torch.autocast(hidden.device.type, enabled=False):
-            mean, spread = self.linear(hidden.to(self.linear.weight.dtype)).float().unbind(dim=1)
+            mean, spread = _at_least_fp32(self.linear(hidden.to(self.linear.weight.dtype))).unbind(dim=1)
         return mean, F.softplus(spread) + LEAST_VARIANCE
 
     def settings(self) -> dict[str, Any]:
@@ -223,6 +224,10 @@ class DiscoHead(Head):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         return cls(**settings)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _shape(value: Any) -> Any:

@@ -47,6 +47,15 @@ class LinkParams(NamedTuple):
         return self.rejected - self.ref_rejected
 
 
+def scaled(beta: Tensor, x: Tensor) -> Tensor:
+    """beta x. Where a log-prob is -inf the loss is at a limit and beta moves it no more: 0, not 0 * inf."""
+    return _constant_where(x.isinf(), beta) * x
+
+
+def _constant_where(mask: Tensor, x: Tensor) -> Tensor:
+    return torch.where(mask, x.detach(), x) if x.requires_grad else x
+
+
 # --- functions of z -------------------------------------------------------------------------------------------------
 
 
@@ -62,7 +71,7 @@ def hinge(z: Tensor, params: LinkParams) -> Tensor:
 
 def ipo(z: Tensor, params: LinkParams) -> Tensor:
     """(z - 1/2)^2 / beta^2, which is (h - 1/(2 beta))^2 of IPO (arXiv:2310.12036, eq. 17) where z = beta h."""
-    return ((z - 0.5) / params.beta) ** 2
+    return ((z - 0.5) / _constant_where(z.isinf(), params.beta)) ** 2
 
 
 def ipo_scaled(z: Tensor, params: LinkParams) -> Tensor:
@@ -102,7 +111,7 @@ def cauchy(z: Tensor, params: LinkParams) -> Tensor:
 
 def exo_pair(z: Tensor, params: LinkParams) -> Tensor:
     """KL((sigmoid(z), sigmoid(-z)) || (1 - eps, eps)): EXO for two responses (arXiv:2402.00856, eq. 16)."""
-    eps = params.label_smoothing
+    eps, z = params.label_smoothing, _finite(z)
     chosen = torch.sigmoid(z) * (F.logsigmoid(z) - math.log1p(-eps))
     return chosen + torch.sigmoid(-z) * (F.logsigmoid(-z) - math.log(eps))
 
@@ -116,15 +125,21 @@ def robust(z: Tensor, params: LinkParams) -> Tensor:
 
 def discopop(z: Tensor, params: LinkParams) -> Tensor:
     """(1-q) softplus(-z) + q e^-z, q = sigmoid(z/tau): DiscoPOP (arXiv:2406.08414, eq. 5)."""
+    z = _finite(z)
     gate = z / params.discopop_tau
     # q e^-z as one exponential: far below 0 the factors are 0 and infinity.
     return torch.sigmoid(-gate) * F.softplus(-z) + torch.exp(F.logsigmoid(gate) - z)
 
 
+def _finite(z: Tensor) -> Tensor:
+    """A probability of 0 times an infinite logarithm would be no number."""
+    return z.clamp(torch.finfo(z.dtype).min, torch.finfo(z.dtype).max)
+
+
 def disco(z: Tensor, params: LinkParams) -> Tensor:
     """-log Phi(z / sqrt(variance)): two Gaussian rewards compared, Phi(x) = (1 + erf(x / sqrt 2))/2."""
     assert params.variance is not None
-    return -log_ndtr(z / params.variance.sqrt())
+    return -log_ndtr(z / _constant_where(z.isinf(), params.variance).sqrt())
 
 
 def log_ndtr(x: Tensor) -> Tensor:
@@ -134,6 +149,8 @@ def log_ndtr(x: Tensor) -> Tensor:
 
 
 class _LogNdtr(torch.autograd.Function):
+    """torch's own gradient is wrong in the lower tail; here it is the Mills ratio."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -146,10 +163,28 @@ class _LogNdtr(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # torch's own is wrong in the lower tail. The Mills ratio phi(x)/Phi(x) through erfcx neither over- nor
-        # underflows there; in the upper tail erfcx is infinite and the ratio 0.
+        return gradient * _MillsRatio.apply(*ctx.saved_tensors)
+
+
+class _MillsRatio(torch.autograd.Function):
+    """r(x) = phi(x)/Phi(x) of the normal distribution, with r' = -r (x + r)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        # Through erfcx it neither over- nor underflows in the lower tail; in the upper one erfcx is infinite and r 0.
+        return math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradient * math.sqrt(2 / math.pi) / torch.special.erfcx(-x / math.sqrt(2))
+        ratio = _MillsRatio.apply(x)
+        return -gradient * ratio * (x + ratio)
 
 
 # --- functions of each response -------------------------------------------------------------------------------------
@@ -157,30 +192,33 @@ class _LogNdtr(torch.autograd.Function):
 
 def nca_pair(z: Tensor, params: LinkParams) -> Tensor:
     """-log sigmoid(b h_w) - log sigmoid(-b h_w)/2 - log sigmoid(-b h_l)/2: NCA (arXiv:2402.05369)."""
-    chosen, rejected = params.beta * params.chosen_ratio, params.beta * params.rejected_ratio
+    chosen, rejected = scaled(params.beta, params.chosen_ratio), scaled(params.beta, params.rejected_ratio)
     return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)
 
 
 def bco_pair(z: Tensor, params: LinkParams) -> Tensor:
     """-log sigmoid(b h_w) - log sigmoid(-b h_l): BCO on pairs, without its reward shift (arXiv:2404.04656)."""
-    return -F.logsigmoid(params.beta * params.chosen_ratio) - F.logsigmoid(-params.beta * params.rejected_ratio)
+    chosen, rejected = scaled(params.beta, params.chosen_ratio), scaled(params.beta, params.rejected_ratio)
+    return -F.logsigmoid(chosen) - F.logsigmoid(-rejected)
 
 
 def sppo_hard(z: Tensor, params: LinkParams) -> Tensor:
     """(h_w - 1/(2b))^2 + (h_l + 1/(2b))^2: SPPO with hard labels (arXiv:2405.00675, eq. 4.7)."""
-    target = 0.5 / params.beta
-    return (params.chosen_ratio - target) ** 2 + (params.rejected_ratio + target) ** 2
+    chosen, rejected = params.chosen_ratio, params.rejected_ratio
+    target = 0.5 / _constant_where((chosen - rejected).isinf(), params.beta)
+    return (chosen - target) ** 2 + (rejected + target) ** 2
 
 
 def apo_zero(z: Tensor, params: LinkParams) -> Tensor:
     """1 - sigmoid(b h_w) + sigmoid(b h_l): APO for data better than the model (arXiv:2408.06266, eq. 7)."""
-    return torch.sigmoid(-params.beta * params.chosen_ratio) + torch.sigmoid(params.beta * params.rejected_ratio)
+    chosen, rejected = scaled(params.beta, params.chosen_ratio), scaled(params.beta, params.rejected_ratio)
+    return torch.sigmoid(-chosen) + torch.sigmoid(rejected)
 
 
 def apo_down(z: Tensor, params: LinkParams) -> Tensor:
     """sigmoid(b h_w) + 1 - sigmoid(b (h_w - h_l)): APO for data worse than the model (arXiv:2408.06266, eq. 8)."""
     difference = params.chosen_ratio - params.rejected_ratio
-    return torch.sigmoid(params.beta * params.chosen_ratio) + torch.sigmoid(-params.beta * difference)
+    return torch.sigmoid(scaled(params.beta, params.chosen_ratio)) + torch.sigmoid(-scaled(params.beta, difference))
 
 
 # --- functions of the sorted batch ----------------------------------------------------------------------------------
@@ -189,13 +227,14 @@ def apo_down(z: Tensor, params: LinkParams) -> Tensor:
 def aot(z: Tensor, params: LinkParams) -> Tensor:
     """Smoothed logistic loss of sorted policy differences against sorted reference ones (arXiv:2406.05882)."""
     policy, reference = params.chosen - params.rejected, params.ref_chosen - params.ref_rejected
-    return _logistic(params.beta * (policy.sort().values - reference.sort().values), params.label_smoothing)
+    difference = policy.sort().values - reference.sort().values
+    return _logistic(scaled(params.beta, difference), params.label_smoothing)
 
 
 def aot_unpaired(z: Tensor, params: LinkParams) -> Tensor:
     """Smoothed logistic loss of the sorted chosen log-ratios against the sorted rejected ones (arXiv:2406.05882)."""
     chosen, rejected = params.chosen_ratio.sort().values, params.rejected_ratio.sort().values
-    return _logistic(params.beta * (chosen - rejected), params.label_smoothing)
+    return _logistic(scaled(params.beta, chosen - rejected), params.label_smoothing)
 
 
 def _logistic(z: Tensor, eps: float) -> Tensor:
@@ -208,7 +247,7 @@ def _logistic(z: Tensor, eps: float) -> Tensor:
 def orpo(z: Tensor, params: LinkParams) -> Tensor:
     """-m_w + b softplus(-(logodds(m_w) - logodds(m_l))), m the mean log-probs: ORPO (arXiv:2403.07691, eq. 6)."""
     chosen, rejected = params.chosen, params.rejected
-    return -chosen + params.beta * F.softplus(_log_odds(rejected) - _log_odds(chosen))
+    return -chosen + scaled(params.beta, F.softplus(_log_odds(rejected) - _log_odds(chosen)))
 
 
 def _log_odds(logp: Tensor) -> Tensor:
@@ -262,7 +301,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
 # --- the table ------------------------------------------------------------------------------------------------------
 
 # What a loss is a function of -> the options of `PreferenceConfig` that form it.
-_BETA = {"beta", "batch_beta_coef", "beta_schedule"}
+_BETA = {"batch_beta_coef", "beta_schedule"}
 _RESPONSES = _BETA | {"reference_mix", "reference_free", "ld_alpha", "length_normalization"}
 _SCORE = _RESPONSES | {"home_advantage", "contextual_scaling", "f_divergence_type"}
 FORMED_BY = {
@@ -285,19 +324,23 @@ class Link:
         of: what f is a function of, a key of `FORMED_BY`.
         normalized: scores are per token whatever `length_normalization` says.
         options: further fields of `PreferenceConfig` that f alone reads.
+        fixed_beta: why beta cannot be learned with it; empty where it can.
     """
 
     f: Callable[[Tensor, LinkParams], Tensor]
     of: str = "score"
     normalized: bool = False
     options: tuple[str, ...] = ()
+    fixed_beta: str = ""
 
+
+_SORTED = "it sorts the pairs apart, and s(x) belongs to a pair"
 
 LINKS: dict[str, Link] = {
     "sigmoid": Link(sigmoid),
     "sigmoid_norm": Link(sigmoid, normalized=True),
     "hinge": Link(hinge, options=("hinge_delta",)),
-    "ipo": Link(ipo),
+    "ipo": Link(ipo, fixed_beta="it drives s(x) to infinity where h < 0: use 'ipo_scaled'"),
     "ipo_scaled": Link(ipo_scaled),
     "square": Link(square),
     "truncated_square": Link(truncated_square, options=("hinge_delta",)),
@@ -310,11 +353,13 @@ LINKS: dict[str, Link] = {
     "robust": Link(robust, of="noisy score"),
     "nca_pair": Link(nca_pair, of="responses"),
     "bco_pair": Link(bco_pair, of="responses"),
-    "sppo_hard": Link(sppo_hard, of="responses"),
+    "sppo_hard": Link(sppo_hard, of="responses", fixed_beta="its target 1/(2b) drives s(x) to infinity, as ipo's does"),
     "apo_zero": Link(apo_zero, of="responses"),
     "apo_down": Link(apo_down, of="responses"),
-    "aot": Link(aot, of="sorted batch"),
-    "aot_unpaired": Link(aot_unpaired, of="sorted batch"),
-    "orpo": Link(orpo, of="policy", normalized=True),
+    "aot": Link(aot, of="sorted batch", fixed_beta=_SORTED),
+    "aot_unpaired": Link(aot_unpaired, of="sorted batch", fixed_beta=_SORTED),
+    "orpo": Link(
+        orpo, of="policy", normalized=True, fixed_beta="beta weighs its second term, so that s(x) would go to 0"
+    ),
     "sft": Link(sft, of="chosen"),
 }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -13,6 +14,12 @@ from fastpo.types import AnySequenceStats
 
 Reference = tuple[AnySequenceStats, AnySequenceStats]
 
+# What a loss is a function of, where it reads no such (B,) tensor.
+_UNREAD_BY = {
+    "context_scale": {of for of, options in FORMED_BY.items() if "contextual_scaling" not in options},
+    "pair_weight": {"sorted batch"},
+}
+
 
 def usable_reference(
     config: PreferenceConfig,
@@ -22,9 +29,11 @@ def usable_reference(
     dtype: torch.dtype,
 ) -> Reference | None:
     """The reference pair where it may be read, None where the formula leaves it out."""
-    if config.reference_free or all(LINKS[name].of == "policy" for name in config.comparisons):
+    policy_alone = [LINKS[name].of == "policy" for name in config.comparisons]
+    if config.reference_free or (policy_alone and all(policy_alone)):
         return None
-    if ref_chosen is None and ref_rejected is None and config.reference_weight == 0:
+    # sft compares nothing, but where a reference is given rewards are measured against it.
+    if ref_chosen is None and ref_rejected is None and (config.reference_weight == 0 or not policy_alone):
         return None
     for name, stats in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         if stats is None:
@@ -44,13 +53,12 @@ def beta_tensor(config: PreferenceConfig, beta: float | Tensor | None, like: Ten
     """beta_eff as a tensor () or (B,)."""
     if beta is None:
         beta = config.beta
-    losses = config.comparisons or config.loss_weights
     if isinstance(beta, Tensor):
         if beta.shape not in ((), like.shape):
             raise ValueError(f"beta must have shape {tuple(like.shape)} or (), got {tuple(beta.shape)}")
-        no_pairs = [name for name in losses if LINKS[name].of in ("sorted batch", "chosen")]
-        if no_pairs and beta.dim() == 1:
-            raise ValueError(f"beta must be one number for pref_loss_type {no_pairs[0]!r}, which reads none of a pair")
+        torn = [name for name in config.loss_weights if LINKS[name].of == "sorted batch"]
+        if torn and beta.dim() == 1:
+            raise ValueError(f"beta must be one number for pref_loss_type {torn[0]!r}, which sorts the pairs apart")
         return beta.to(like)
     if isinstance(beta, bool) or not isinstance(beta, int | float):
         raise TypeError(f"beta must be a number or a tensor, got {type(beta).__name__}")
@@ -91,11 +99,11 @@ def context_scale_of(
             "contextual_scaling='mallows' needs the reference's entropy: pass ref_chosen and ref_rejected (with "
             "reference_free=False), or a context_scale of your own"
         )
-    if not isinstance(vocab_size, int) or vocab_size < 2:
+    if not isinstance(vocab_size, Integral) or vocab_size < 2:
         raise ValueError(
             f"contextual_scaling='mallows' needs vocab_size, the LM head's number of rows (>= 2), got {vocab_size!r}"
         )
-    return mallows_scale(*reference, config.contextual_scaling_coef, vocab_size).to(like)
+    return mallows_scale(*reference, config.contextual_scaling_coef, int(vocab_size)).to(like)
 
 
 def check_stats(name: str, stats: AnySequenceStats, batch: torch.Size | None) -> None:
@@ -132,8 +140,7 @@ def check_column(name: str, value: Tensor | None, config: PreferenceConfig, batc
 def check_reads_column(name: str, config: PreferenceConfig, shown: str) -> None:
     """Every loss of the sum reads this one of context_scale and pair_weight."""
     for loss in config.comparisons or config.loss_weights:
-        of = LINKS[loss].of
-        if "contextual_scaling" not in FORMED_BY[of] if name == "context_scale" else of == "sorted batch":
+        if LINKS[loss].of in _UNREAD_BY[name]:
             raise ValueError(f"{shown} is not used by pref_loss_type {loss!r}: leave it out")
 
 
@@ -164,7 +171,7 @@ _REWARD_OPTIONS = {
 def check_reward_config(config: PreferenceConfig) -> None:
     """The objective is one that a reward model can have."""
     for name in config.loss_weights:
-        if name == "ipo" or LINKS[name].of not in ("score", "noisy score"):
+        if LINKS[name].fixed_beta or LINKS[name].of not in ("score", "noisy score"):
             raise ValueError(f"pref_loss_type must be a function of z alone for a reward model, got {name!r}")
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,10 +1,12 @@
 """`preference_loss`, one formula for every preference objective, and `reward_model_loss`. Pure functions."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastpo.config import PreferenceConfig
-from fastpo.links import LINKS, LinkParams
+from fastpo.links import LINKS, LinkParams, scaled
 from fastpo.loss_inputs import (
     Reference,
     beta_tensor,
@@ -62,13 +64,14 @@ def preference_loss(
         config: what is optimised.
         ref_chosen: the reference's statistics of the chosen responses; never read with `reference_free`.
         ref_rejected: the reference's statistics of the rejected responses.
-        beta: None (`config.beta`), a positive number, or a (B,) tensor beta_eff(x), differentiable.
+        beta: None (`config.beta`), a positive number, or a (B,) tensor beta_eff(x), differentiable; one number for
+            ``aot`` and ``aot_unpaired``. What `beta_mode` and `beta_schedule` make of it is the caller's, or trainer's.
         context_scale: (B,) phi(x) of the caller's own, taken as it is and detached; it wins over
             `config.contextual_scaling`.
         chosen_variance: (B,) variance of the chosen reward, differentiable, for `pref_loss_type` ``disco``.
         rejected_variance: (B,) of the rejected reward.
         vocab_size: V, rows of the LM head; needed where phi(x) is computed.
-        pair_weight: (B,) weight of each pair in the mean, detached; it is not normalised.
+        pair_weight: (B,) weight >= 0 of each pair in the mean, detached; it is not normalised.
         totals: rows and chosen tokens of the whole optimiser step, to divide by; None: of this batch.
         state: running means for `batch_beta_coef`, updated in place; None: each batch is its own mean, so that its
             gap does not move beta.
@@ -169,9 +172,8 @@ def reward_model_loss(
     z = chosen_mean - rejected_mean - m
     losses = torch.zeros_like(z)
     nothing = torch.zeros_like(z)  # no policy, no reference
-    params = LinkParams(
-        torch.ones_like(z), nothing, nothing, nothing, nothing, *_link_options(config), variance=variance
-    )
+    sides = nothing, nothing, nothing, nothing
+    params = LinkParams(torch.ones_like(z), *sides, **_link_options(config), variance=variance)
     for name, weight in config.loss_weights.items():
         losses = losses + weight * _smoothed(name, z, params, config.label_smoothing)
     with torch.no_grad():
@@ -192,21 +194,16 @@ def _comparison(
     name: str, scores: PairScores, b: Tensor, phi: Tensor | None, variance: Tensor | None, config: PreferenceConfig
 ) -> Tensor:
     """(B,) values of one loss."""
-    # Where a log-prob is -inf the loss is at its limit and moves with beta and variance no more: 0, not 0 * inf.
-    b = _constant_where(scores.h.isinf(), b)
-    variance = None if variance is None else _constant_where(scores.h.isinf(), variance)
-    z = b * scores.h - config.margin if config.margin_units == "reward" else b * (scores.h - config.margin)
+    m = config.margin
+    z = scaled(b, scores.h) - m if config.margin_units == "reward" else scaled(b, scores.h - m)
     if phi is not None:
         z = phi * z
-    return _smoothed(name, z, LinkParams(b, *scores[:4], *_link_options(config), variance), config.label_smoothing)
+    own = scores.chosen, scores.rejected, scores.ref_chosen, scores.ref_rejected
+    return _smoothed(name, z, LinkParams(b, *own, **_link_options(config), variance=variance), config.label_smoothing)
 
 
-def _constant_where(mask: Tensor, x: Tensor) -> Tensor:
-    return torch.where(mask, x.detach(), x) if x.requires_grad else x
-
-
-def _link_options(config: PreferenceConfig) -> tuple[float, float, float]:
-    return config.label_smoothing, config.hinge_delta, config.discopop_tau
+def _link_options(config: PreferenceConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in ("label_smoothing", "hinge_delta", "discopop_tau")}
 
 
 def _smoothed(name: str, z: Tensor, params: LinkParams, eps: float) -> Tensor:

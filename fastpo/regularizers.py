@@ -112,6 +112,11 @@ REGULARIZERS: dict[str, Regularizer] = {
 }
 
 
+def label_confidence(score_chosen: Tensor, score_rejected: Tensor) -> Tensor:
+    """c = 2 |sigmoid(score_chosen - score_rejected) - 1/2| in [0, 1], (B,): how sure rewards (B,) are of the label."""
+    return 2 * (torch.sigmoid(score_chosen - score_rejected) - 0.5).abs()
+
+
 def regularizer_loss(
     log_s: Tensor,
     config: PreferenceConfig,
@@ -130,7 +135,7 @@ def regularizer_loss(
         log_s: (B,) log s(x), differentiable.
         config: the objective; its `beta_head_config` holds s_max and the direction.
         prompt_entropy: (B,) Hbar(x), mean entropy of the reference over the prompt divided by log V, for `entropy`.
-        confidence: (B,) in [0, 1], for `confidence`: 2 |sigmoid(score_chosen - score_rejected) - 1/2|.
+        confidence: (B,) in [0, 1], for `confidence`; see `label_confidence`.
         features: (B, F) prompt features, for `smooth`.
         state: running means, updated in place; pass the same dictionary at every step. None: the batch's own means.
 

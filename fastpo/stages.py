@@ -15,6 +15,7 @@ from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 STAGES = ("sft", "dpo")
 # Stages in which a head has something to do.
 HEAD_STAGES = {"beta_head": ("dpo", "ppo"), "disco_head": ("rm", "dpo")}
+RUNAWAY = 10.0  # where an s(x) without a bound is no longer sane
 # s(x) is counted in these seven bins, of which one is around 1, where every run starts; the outer two are open.
 HISTOGRAM_EDGES = tuple(4.0 ** (k / 7) for k in range(-7, 8, 2))
 
@@ -67,7 +68,7 @@ def dpo_stage(
         extra, found = regularizer_loss(
             log_s, config, prompt_entropy=prompt_entropy, confidence=confidence, features=features, state=state
         )
-        metrics |= {**found, **_histogram(log_s)}
+        metrics |= {**found, **_spread_of_s(log_s, config.beta_head.s_max)}
     if variance is not None:
         means = torch.cat((output.chosen_rewards, output.rejected_rewards))
         prior = gaussian_prior(means, variance).mean()
@@ -83,12 +84,14 @@ def dpo_stage(
 
 
 @torch.no_grad()
-def _histogram(log_s: Tensor) -> dict[str, Tensor]:
-    """Share of the batch in each bin of s(x) = beta_eff/beta, as names that meters average; and the mean of log s."""
+def _spread_of_s(log_s: Tensor, s_max: float | None) -> dict[str, Tensor]:
+    """Share of the batch in each bin of s(x) = beta_eff/beta, and of those that ran away; as meters average them."""
+    bound = 0.9 * math.log(RUNAWAY if s_max is None else s_max)
     below = [(log_s <= math.log(edge)).float().mean() for edge in HISTOGRAM_EDGES[1:-1]]
     counts = [high - low for low, high in pairwise([torch.zeros_like(below[0]), *below, torch.ones_like(below[0])])]
     names = [f"beta/histogram/{low:.2f}-{high:.2f}" for low, high in pairwise(HISTOGRAM_EDGES)]
-    return {"log_s/mean": log_s.mean(), **dict(zip(names, counts, strict=True))}
+    runaway = (log_s.abs() > bound).float().mean()
+    return {"log_s/mean": log_s.mean(), "log_s/runaway": runaway, **dict(zip(names, counts, strict=True))}
 
 
 def sft_stage(policy: AnySequenceStats, *, totals: StepTotals | None = None) -> LossOutput:

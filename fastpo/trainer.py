@@ -29,6 +29,7 @@ from fastpo.config import PreferenceConfig
 from fastpo.data import PreferenceCollator, tokenize_dataset
 from fastpo.loading import add_adapter, disable_dropout, load_models
 from fastpo.loss_inputs import check_reads_column
+from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
 from fastpo.types import LossOutput, StepTotals
@@ -206,7 +207,7 @@ class PreferenceTrainer(Trainer):
         policy = model_stats(model, inputs, wanted, read_by_head or None)
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
-            confidence = 2 * (torch.sigmoid(inputs["score_chosen"] - inputs["score_rejected"]) - 0.5).abs()
+            confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
         return dpo_stage(
             policy.sequence_stats(), None if reference is None else reference.sequence_stats(), objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
@@ -231,26 +232,27 @@ class PreferenceTrainer(Trainer):
 
     @torch.no_grad()
     def _reference_stats(
-        self, model: nn.Module, inputs: dict[str, Any]
+        self, model: nn.Module, inputs: dict[str, Any], prompts_only: bool = False
     ) -> tuple[StatsOutput | None, dict[str, Tensor]]:
         """The reference's statistics where the objective reads them, and the prompt features by name.
 
         A feature that is a column of the dataset is taken from there.
         """
+        reads_pairs = self.uses_reference and not prompts_only
         prompt = {name: inputs[f"prompt_{name}"] for name in self.prompt_features if f"prompt_{name}" in inputs}
         missing = tuple(_missing(self.prompt_features, inputs))
-        if not self.uses_reference and not missing:
+        if not reads_pairs and not missing:
             return None, prompt
         if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
             raise ValueError(f"dataset must have the columns prompt_{', prompt_'.join(missing)}, as the others have")
         pairs = len(inputs["index"])
-        shared = self.uses_reference and self.objective.ld_alpha is not None
+        shared = reads_pairs and self.objective.ld_alpha is not None
         wanted = Wanted(shared_logps=shared, prompt=missing, prompt_rows=pairs)
-        batch = inputs if self.uses_reference else prompts_of(inputs, pairs)
+        batch = inputs if reads_pairs else prompts_of(inputs, pairs)
         with self._reference(model) as reference_model:
             output = model_stats(reference_model, batch, wanted)
         prompt |= {name: output[f"prompt_{name}"] for name in missing}
-        return output if self.uses_reference else None, prompt
+        return output if reads_pairs else None, prompt
 
     def precompute_prompt_features(self, dataset: Dataset) -> Dataset:
         """The dataset, tokenised, with columns prompt_* of what the Beta head and its regularisers read.
@@ -258,9 +260,12 @@ class PreferenceTrainer(Trainer):
         A trainer that is given such data needs no reference model for them.
         """
         rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
-        loader = DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
-        found = [self._reference_stats(self.model, self._prepare_inputs(batch))[1] for batch in loader]
-        for name in _missing(self.prompt_features, rows.column_names):
+        missing = _missing(self.prompt_features, rows.column_names)
+        loader = (
+            DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator) if missing else ()
+        )
+        found = [self._reference_stats(self.model, self._prepare_inputs(x), prompts_only=True)[1] for x in loader]
+        for name in missing:
             rows = rows.add_column(f"prompt_{name}", torch.cat([prompt[name] for prompt in found]).float().tolist())
         return rows
 

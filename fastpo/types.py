@@ -44,8 +44,12 @@ class SequenceStats(NamedTuple):
     entropy: Tensor
 
     def split(self) -> tuple["SequenceStats", "SequenceStats"]:
-        """The first and the second half of 2B rows: chosen and rejected of a `PreferenceBatch`."""
-        first, second = zip(*(x.chunk(2) for x in self), strict=True)
+        """The first and the second half of 2B rows: chosen and rejected of a `PreferenceBatch`.
+
+        Raises:
+            ValueError: the number of rows is odd.
+        """
+        first, second = zip(*(_halves(x) for x in self), strict=True)
         return SequenceStats(*first), SequenceStats(*second)
 
 
@@ -66,8 +70,15 @@ class ExtendedSequenceStats(NamedTuple):
 
     def split(self) -> tuple["ExtendedSequenceStats", "ExtendedSequenceStats"]:
         """As `SequenceStats.split`."""
-        first, second = zip(*((None, None) if x is None else x.chunk(2) for x in self), strict=True)
+        first, second = zip(*((None, None) if x is None else _halves(x) for x in self), strict=True)
         return ExtendedSequenceStats(*first), ExtendedSequenceStats(*second)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    if len(x) % 2:
+        raise ValueError(f"split must have an even number of rows, chosen and rejected, got {len(x)}")
+    half = len(x) // 2
+    return x[:half], x[half:]
 
 
 AnySequenceStats = SequenceStats | ExtendedSequenceStats

@@ -257,7 +257,7 @@ def evaluate(
     base = b = one * (o.beta if beta is None else beta)
     comparisons = [name for name in o.weights if name != "sft"]
     w, r = total(chosen, o), total(rejected, o)
-    no_reference = o.reference_free or ref_chosen is None or set(comparisons) <= {"orpo"}
+    no_reference = o.reference_free or ref_chosen is None or set(comparisons) == {"orpo"}
     ref_w, ref_r = (0 * one, 0 * one) if no_reference else (total(ref_chosen, o), total(ref_rejected, o))
 
     # A reward is per token where the comparison is: sigmoid_norm = sigmoid + length normalisation.

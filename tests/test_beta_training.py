@@ -170,9 +170,25 @@ def test_a_runaway_beta_is_said_once_with_the_remedy(
     found = [record.getMessage() for record in caplog.records if "log s(x)" in record.getMessage()]
     assert len(logged(trainer, "log_s/mean")) == 3 and len(found) == (word is not None)
     if word is not None:
-        assert f"beta {word}: mean log s(x) is {log_s:.2f}" in found[0] and "step 1" in found[0]
+        assert f"beta {word} at step 1: 100%" in found[0] and f"mean log s(x) is {log_s:.2f}" in found[0]
         for remedy in ("'pointwise'", "'global'", "0.25", "lr_multiplier"):
             assert remedy in found[0]
+
+
+def test_s_at_both_its_bounds_is_a_runaway_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its mean alone would look sane."""
+    trainer = trainer_for(tmp_path, max_steps=1, **STILL, **DYNAMIC)
+    head = heads_of(trainer.model)["beta_head"]
+    hidden = torch.cat([trainer._reference_stats(trainer.model, collate(ragged_pairs()))[1]["hidden"]])
+    centred = torch.nn.functional.layer_norm(hidden, hidden.shape[1:])
+    with torch.no_grad():
+        head.layers[-1].weight.copy_(1e3 * (centred[:4].mean(0) - centred[4:].mean(0)))
+    with caplog.at_level(logging.WARNING, "fastpo"):
+        trainer.train()
+    share = logged(trainer, "log_s/runaway")[0]
+    assert share > 0.5 and [
+        x for x in caplog.records if "100% of s(x)" in x.getMessage() or "s(x) are" in x.getMessage()
+    ]
 
 
 # --- beta over training -----------------------------------------------------------------------------------------------

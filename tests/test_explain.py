@@ -9,7 +9,7 @@ import pytest
 
 from fastpo import PreferenceConfig
 from fastpo.cli import main
-from fastpo.explain import explain, warnings
+from fastpo.explain import bad_pairings, explain
 from fastpo.links import LINKS
 from fastpo.methods import METHODS
 
@@ -68,13 +68,13 @@ def test_every_preset_is_explained_with_its_source_and_its_links(name: str) -> N
     ],
 )
 def test_bad_pairings_are_warned_of(preset: str, fields: dict, words: str) -> None:
-    [warning] = warnings(PreferenceConfig.preset(preset, **fields), preset)
+    [warning] = bad_pairings(PreferenceConfig.preset(preset, **fields), preset)
     assert words in warning and warning in explained(preset, **fields)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_presets_have_no_bad_pairing(name: str) -> None:
-    assert warnings(PreferenceConfig.preset(name), name) == []
+    assert bad_pairings(PreferenceConfig.preset(name), name) == []
 
 
 def test_ipo_with_a_learned_s_is_refused_with_the_way_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
