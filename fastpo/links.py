@@ -49,11 +49,13 @@ class LinkParams(NamedTuple):
 
 def scaled(beta: Tensor, x: Tensor) -> Tensor:
     """beta x. Where a log-prob is -inf the loss is at a limit and beta moves it no more: 0, not 0 * inf."""
-    return _constant_where(x.isinf(), beta) * x
+    return _constant_at_limits(beta, x) * x
 
 
-def _constant_where(mask: Tensor, x: Tensor) -> Tensor:
-    return torch.where(mask, x.detach(), x) if x.requires_grad else x
+def _constant_at_limits(parameter: Tensor, x: Tensor) -> Tensor:
+    if not parameter.requires_grad:
+        return parameter
+    return torch.where(x.isinf(), parameter.detach(), parameter)
 
 
 # --- functions of z -------------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ def hinge(z: Tensor, params: LinkParams) -> Tensor:
 
 def ipo(z: Tensor, params: LinkParams) -> Tensor:
     """(z - 1/2)^2 / beta^2, which is (h - 1/(2 beta))^2 of IPO (arXiv:2310.12036, eq. 17) where z = beta h."""
-    return ((z - 0.5) / _constant_where(z.isinf(), params.beta)) ** 2
+    return ((z - 0.5) / _constant_at_limits(params.beta, z)) ** 2
 
 
 def ipo_scaled(z: Tensor, params: LinkParams) -> Tensor:
@@ -139,7 +141,7 @@ def _finite(z: Tensor) -> Tensor:
 def disco(z: Tensor, params: LinkParams) -> Tensor:
     """-log Phi(z / sqrt(variance)): two Gaussian rewards compared, Phi(x) = (1 + erf(x / sqrt 2))/2."""
     assert params.variance is not None
-    return -log_ndtr(z / _constant_where(z.isinf(), params.variance).sqrt())
+    return -log_ndtr(z / _constant_at_limits(params.variance, z).sqrt())
 
 
 def log_ndtr(x: Tensor) -> Tensor:
@@ -205,7 +207,7 @@ def bco_pair(z: Tensor, params: LinkParams) -> Tensor:
 def sppo_hard(z: Tensor, params: LinkParams) -> Tensor:
     """(h_w - 1/(2b))^2 + (h_l + 1/(2b))^2: SPPO with hard labels (arXiv:2405.00675, eq. 4.7)."""
     chosen, rejected = params.chosen_ratio, params.rejected_ratio
-    target = 0.5 / _constant_where((chosen - rejected).isinf(), params.beta)
+    target = 0.5 / _constant_at_limits(params.beta, chosen - rejected)
     return (chosen - target) ** 2 + (rejected + target) ** 2
 
 
