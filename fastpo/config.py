@@ -221,6 +221,11 @@ class PreferenceConfig:
         return tuple(name for name in self.loss_weights if LINKS[name].of != "chosen")
 
     @property
+    def reads_log_ratios(self) -> bool:
+        """Whether a loss of the sum measures the policy against a reference: any but orpo and sft."""
+        return any(LINKS[name].of not in ("policy", "chosen") for name in self.loss_weights)
+
+    @property
     def per_token(self) -> bool:
         """Whether implicit rewards are per token."""
         compared = [LINKS[name].normalized for name in self.comparisons]
@@ -255,9 +260,8 @@ class PreferenceConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference's statistics (a caller's own context_scale aside)."""
-        compared = any(LINKS[name].of not in ("policy", "chosen") for name in self.loss_weights)
         read = self.reference_weight != 0 or self.contextual_scaling == "mallows"
-        return compared and not self.reference_free and read
+        return self.reads_log_ratios and not self.reference_free and read
 
 
 # Annotation -> what may be passed.

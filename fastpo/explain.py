@@ -30,7 +30,7 @@ def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = N
 def _formula(config: PreferenceConfig) -> Iterator[str]:
     bar = "_bar" if config.per_token else ""
     weight = config.reference_weight if config.needs_reference else 0.0
-    if any(LINKS[name].of not in ("policy", "chosen") for name in config.loss_weights):
+    if config.reads_log_ratios:
         if config.f_divergence_type == "reverse_kl":
             reference = f" - {'' if weight == 1 else f'{weight:g} '}D_reference{bar}" if weight else ""
             yield f"h     = D_policy{bar}{reference}"

@@ -29,11 +29,10 @@ def usable_reference(
     dtype: torch.dtype,
 ) -> Reference | None:
     """The reference pair where it may be read, None where the formula leaves it out."""
-    policy_alone = [LINKS[name].of == "policy" for name in config.comparisons]
-    if config.reference_free or (policy_alone and all(policy_alone)):
+    if config.reference_free or (config.comparisons and not config.reads_log_ratios):
         return None
     # sft compares nothing, but where a reference is given rewards are measured against it.
-    if ref_chosen is None and ref_rejected is None and (config.reference_weight == 0 or not policy_alone):
+    if ref_chosen is None and ref_rejected is None and (config.reference_weight == 0 or not config.comparisons):
         return None
     for name, stats in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
         if stats is None:
@@ -90,6 +89,7 @@ def context_scale_of(
     like: Tensor,
     vocab_size: int | None,
 ) -> Tensor | None:
+    """phi(x) (B,), the caller's own or Mallows', or None where nothing scales."""
     if own is not None:
         return own.detach().to(like)
     if config.contextual_scaling == "none":
@@ -148,16 +148,14 @@ def check_extras(
     config: PreferenceConfig, *, chosen: AnySequenceStats, rejected: AnySequenceStats, reference: Reference | None
 ) -> None:
     """The fields of `ExtendedSequenceStats` that the objective reads are there."""
-    sides = {"chosen": chosen, "rejected": rejected}
-    needs = ["log_sum_sq_probs"] * config.use_weighting
+    policy = {"chosen": chosen, "rejected": rejected}
+    both = policy if reference is None else policy | {"ref_chosen": reference[0], "ref_rejected": reference[1]}
+    needs = [("use_weighting", "log_sum_sq_probs", policy)] * config.use_weighting
     if config.ld_alpha is not None and config.ld_alpha != 1:
-        needs.append("shared_logps")
-    for field in needs:
-        if field == "shared_logps" and reference is not None:
-            sides |= dict(zip(("ref_chosen", "ref_rejected"), reference, strict=True))
+        needs.append(("ld_alpha", "shared_logps", both))
+    for option, field, sides in needs:
         for name, stats in sides.items():
             if getattr(stats, field, None) is None:
-                option = "use_weighting" if field == "log_sum_sq_probs" else "ld_alpha"
                 raise ValueError(f"{name}.{field} must be a tensor where {option} is set, got None")
 
 

@@ -10,6 +10,7 @@ from fastpo.config import PreferenceConfig
 from fastpo.losses import gaussian_prior, preference_loss
 from fastpo.regularizers import regularizer_loss
 from fastpo.schedules import RunningMeans
+from fastpo.scores import per_length
 from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 
 STAGES = ("sft", "dpo")
@@ -96,8 +97,7 @@ def _spread_of_s(log_s: Tensor, s_max: float | None) -> dict[str, Tensor]:
 
 def sft_stage(policy: AnySequenceStats, *, totals: StepTotals | None = None) -> LossOutput:
     """Negative log-likelihood of the completions: mean over the step's tokens; `losses` are means per row."""
-    lengths = policy.lengths.clamp(min=1).to(policy.logps.dtype)
-    losses = -policy.logps / lengths
+    losses = -per_length(policy.logps, policy, per_token=True)
     tokens = policy.lengths.sum().clamp(min=1) if totals is None else totals.tokens
     loss = -policy.logps.sum() / tokens
     with torch.no_grad():
