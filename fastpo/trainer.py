@@ -1,38 +1,35 @@
 """`PreferenceTrainer`: transformers' Trainer with the loss computed from statistics, never from logits."""
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
+from fastpo.adapters import adapters_disabled, add_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
-from fastpo.backbone import (
-    StatsOutput,
-    Wanted,
-    causal_lm,
-    head_parameters,
-    install_stats_forward,
-    model_stats,
-    prompts_of,
-)
+from fastpo.attention import use_path_attention
+from fastpo.backbone import StatsOutput, Wanted, causal_lm, head_parameters, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
+from fastpo.collation import PreferenceCollator
 from fastpo.config import PreferenceConfig
-from fastpo.data import PreferenceCollator, tokenize_dataset
-from fastpo.loading import add_adapter, disable_dropout, load_models
+from fastpo.data import REFERENCE_COLUMNS, tokenize_dataset
+from fastpo.layout import completion_tokens, prompts_alone
+from fastpo.loading import disable_dropout, load_models
 from fastpo.loss_inputs import check_reads_column
+from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
-from fastpo.types import LossOutput, StepTotals
+from fastpo.types import AnySequenceStats, ExtendedSequenceStats, LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +53,9 @@ class PreferenceTrainer(Trainer):
     Raises:
         ValueError: model, data and objective do not fit together; before any training.
     """
+
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class PreferenceTrainer(Trainer):
             if has_adapter:
                 raise ValueError("peft_config must be None for a model that already has an adapter")
             with without_heads(model):
-                model = add_adapter(model, peft_config, args)
+                model = add_adapter(model, peft_config, args.gradient_checkpointing)
             has_adapter = True
         self.objective = add_heads(model, ref_model, args.preference_config, source)
         _check_optimizer(optimizers[0], model)
@@ -97,7 +97,10 @@ class PreferenceTrainer(Trainer):
         _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
         if data_collator is None:
             pad = processing_class.pad_token_id
-            data_collator = PreferenceCollator(processing_class.eos_token_id if pad is None else pad, args.stage)
+            data_collator = PreferenceCollator(
+                processing_class.eos_token_id if pad is None else pad, args.stage, args.padding_free,
+                _prefix_sharing(args, model, ref_model),
+            )  # fmt: skip
         with args.main_process_first(desc="tokenizing"):
             train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
             eval_dataset = (
@@ -109,8 +112,8 @@ class PreferenceTrainer(Trainer):
         self.prompt_features = _prompt_features(self.objective, args.stage)
         parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         columns = [rows.column_names for rows in parts if rows is not None] or [[]]  # none yet: they may lack all
-        reads_reference = self.uses_reference or any(_missing(self.prompt_features, names) for names in columns)
-        if reads_reference and ref_model is None and not has_adapter:
+        reads_reference = any(self._lacking(names) != (False, ()) for names in columns)
+        if reads_reference and ref_model is None and not has_adapter and not args.precompute_ref_log_probs:
             with without_heads(model):
                 ref_model = copy.deepcopy(model)
         self.ref_model = ref_model if reads_reference else None
@@ -126,6 +129,8 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
         install_stats_forward(self.model)
+        if args.precompute_ref_log_probs and reads_reference:
+            self._precompute(has_adapter)
         if self.ref_model is not None:
             install_stats_forward(self.ref_model)
             self.ref_model.requires_grad_(False)
@@ -196,24 +201,45 @@ class PreferenceTrainer(Trainer):
         if self.args.stage == "sft":
             return sft_stage(model_stats(model, inputs).sequence_stats(), totals=totals)
         objective, dynamic = self.objective, self.objective.beta_mode == "dynamic_scaling"
-        reference, prompt = self._reference_stats(model, inputs)
-        head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
+        pairs = len(inputs["index"])
+        prompt = {name: inputs[f"prompt_{name}"] for name in self.prompt_features if f"prompt_{name}" in inputs}
+        lacks_pairs, lacks_prompt = self._lacking(inputs)
+        # A policy with an adapter answers for the reference in its own forward.
+        inside = lacks_pairs and self.ref_model is None
+        if inside:
+            self._check_adapter(model, lacks_pairs, lacks_prompt)
+        reference: AnySequenceStats | None = None
+        if (lacks_pairs or lacks_prompt) and not inside:
+            output = self._reference_output(model, inputs, lacks_pairs, lacks_prompt)
+            prompt |= output.prompt_features()
+            reference = output.sequence_stats() if lacks_pairs else None
         wanted = Wanted(
             shared_logps=objective.ld_alpha is not None,
             log_sum_sq_probs=objective.use_weighting,
             variance="disco" in objective.comparisons,
+            reference=inside,
+            prompt=lacks_prompt if inside else (),
+            prompt_rows=pairs,
+            log_s=dynamic,
+            one_side_at_a_time=self.args.split_responses,
         )
-        read_by_head = {} if head is None else {name: prompt[name] for name in head.config.features}
-        policy = model_stats(model, inputs, wanted, read_by_head or None)
+        policy = model_stats(model, inputs, wanted, prompt or None)
+        if inside:
+            prompt |= policy.prompt_features()
+            reference = policy.reference_stats()
+        elif self.uses_reference and not lacks_pairs:
+            reference = _reference_columns(inputs, policy["lengths"])
+        head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
             confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
         return dpo_stage(
-            policy.sequence_stats(), None if reference is None else reference.sequence_stats(), objective,
+            policy.sequence_stats(), reference, objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
             context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
             prompt_entropy=prompt.get("entropy"), confidence=confidence,
-            features=None if head is None else head.features(**read_by_head), totals=totals,
+            features=None if head is None else head.features(**{name: prompt[name] for name in head.config.features}),
+            totals=totals,
             # What evaluation sees is not remembered.
             state=self.running_means if model.training else dict(self.running_means),
         )  # fmt: skip
@@ -230,58 +256,77 @@ class PreferenceTrainer(Trainer):
         done = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
         return scheduled_beta(self.objective.beta_schedule, done)
 
+    def _lacking(self, columns: Iterable[str]) -> tuple[bool, tuple[str, ...]]:
+        """Of what the objective reads of the reference, what is not in these columns: the pairs' statistics, and which
+        features of the prompt."""
+        pairs = self.uses_reference and REFERENCE_COLUMNS[0] not in columns
+        return pairs, tuple(name for name in self.prompt_features if f"prompt_{name}" not in columns)
+
     @torch.no_grad()
-    def _reference_stats(
-        self, model: nn.Module, inputs: dict[str, Any], prompts_only: bool = False
-    ) -> tuple[StatsOutput | None, dict[str, Tensor]]:
-        """The reference's statistics where the objective reads them, and the prompt features by name.
+    def _reference_output(
+        self, model: nn.Module, inputs: dict[str, Any], pairs: bool, features: tuple[str, ...]
+    ) -> StatsOutput:
+        """The reference's statistics, of whole pairs or of their prompts alone."""
+        count = len(inputs["index"])
+        wanted = Wanted(shared_logps=pairs, prompt=features, prompt_rows=count)
+        batch = inputs if pairs else prompts_alone(inputs, count)
+        if self.ref_model is not None:
+            return model_stats(self.ref_model.eval(), batch, wanted)
+        self._check_adapter(model, pairs, features)
+        with adapters_disabled(causal_lm(self.accelerator.unwrap_model(model))):
+            return model_stats(model, batch, wanted)
 
-        A feature that is a column of the dataset is taken from there.
-        """
-        reads_pairs = self.uses_reference and not prompts_only
-        prompt = {name: inputs[f"prompt_{name}"] for name in self.prompt_features if f"prompt_{name}" in inputs}
-        missing = tuple(_missing(self.prompt_features, inputs))
-        if not reads_pairs and not missing:
-            return None, prompt
-        if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
-            raise ValueError(f"dataset must have the columns prompt_{', prompt_'.join(missing)}, as the others have")
-        pairs = len(inputs["index"])
-        shared = reads_pairs and self.objective.ld_alpha is not None
-        wanted = Wanted(shared_logps=shared, prompt=missing, prompt_rows=pairs)
-        batch = inputs if reads_pairs else prompts_of(inputs, pairs)
-        with self._reference(model) as reference_model:
-            output = model_stats(reference_model, batch, wanted)
-        prompt |= {name: output[f"prompt_{name}"] for name in missing}
-        return output if reads_pairs else None, prompt
+    def _check_adapter(self, model: nn.Module, pairs: bool, features: tuple[str, ...]) -> None:
+        """Without its adapter the policy is the reference; without an adapter there is none."""
+        if not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
+            missing = [*REFERENCE_COLUMNS * pairs, *(f"prompt_{name}" for name in features)]
+            raise ValueError(f"dataset must have the columns {', '.join(missing)}, as the others have")
 
-    def precompute_prompt_features(self, dataset: Dataset) -> Dataset:
-        """The dataset, tokenised, with columns prompt_* of what the Beta head and its regularisers read.
+    def precompute_reference(self, dataset: Dataset) -> Dataset:
+        """The dataset, tokenised, with columns ref_* and prompt_* of what the objective reads of the reference.
 
-        A trainer that is given such data needs no reference model for them.
+        They are looked for, and kept, in `reference_cache_dir`. A trainer that is given such data needs no reference
+        model. Called before training where the model is its own reference.
         """
         rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
-        missing = _missing(self.prompt_features, rows.column_names)
-        loader = (
-            DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator) if missing else ()
-        )
-        found = [self._reference_stats(self.model, self._prepare_inputs(x), prompts_only=True)[1] for x in loader]
-        for name in missing:
-            rows = rows.add_column(f"prompt_{name}", torch.cat([prompt[name] for prompt in found]).float().tolist())
-        return rows
+        pairs, features = self._lacking(rows.column_names)
+        if not pairs and not features:
+            return rows
+        args, lm = self.args, causal_lm(self.model if self.ref_model is None else self.ref_model)
+        settings = {"pairs": pairs, "features": features, "precision": self.accelerator.mixed_precision}
+        parent = args.reference_cache_dir or Path(datasets.config.HF_CACHE_HOME).expanduser() / "fastpo" / "reference"
 
-    @contextlib.contextmanager
-    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference in evaluation mode: a second model, or the policy with its adapter disabled."""
-        if self.ref_model is not None:
-            yield self.ref_model.eval()
-            return
-        training = model.training
-        model.eval()
-        try:
-            with self.accelerator.unwrap_model(model).disable_adapter():
-                yield model
-        finally:
-            model.train(training)
+        def compute(listed: list[dict[str, Any]]) -> dict[str, Tensor]:
+            inputs = self._prepare_inputs(self.data_collator(listed))
+            with self.accelerator.autocast():
+                found = self._reference_output(self.model, inputs, pairs, features)
+            columns = {f"prompt_{name}": x for name, x in found.prompt_features().items()}
+            sides = zip(("chosen", "rejected"), found.sequence_stats().split(), strict=True) if pairs else ()
+            for side, stats in sides:
+                columns |= {name: getattr(stats, name.split("_", 2)[2]) for name in REFERENCE_COLUMNS if side in name}
+            return columns
+
+        return with_reference_columns(
+            rows, compute, Path(parent) / cache_key(lm, rows, settings),
+            batch_size=args.precompute_ref_batch_size or args.eval_batch_size,
+            process=(args.process_index, args.world_size), wait=self.accelerator.wait_for_everyone,
+        )  # fmt: skip
+
+    def _precompute(self, has_adapter: bool) -> None:
+        """Give all data the reference's columns, and let the reference go."""
+        if self.ref_model is None and not has_adapter:
+            self.ref_model = self.model  # before its first step it is its own reference
+        reference = self.model if self.ref_model is None else self.ref_model
+        install_stats_forward(reference)
+        if next(reference.parameters()).device != self.accelerator.device:
+            reference.to(self.accelerator.device)
+        if self.train_dataset is not None:
+            self.train_dataset = self.precompute_reference(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self.precompute_reference(part) for name, part in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self.precompute_reference(self.eval_dataset)
+        self.ref_model = None
 
     def _stop_at_bad_loss(self, output: LossOutput, index: Tensor) -> None:
         finite = torch.isfinite(output.losses)
@@ -300,7 +345,7 @@ class PreferenceTrainer(Trainer):
             return None
         rows = sum(len(batch["index"]) for batch in batch_samples)
         # Chosen rows come first; their completion tokens are what a token mean divides by.
-        tokens = sum(int(batch["completion_mask"][: len(batch["index"])].sum()) for batch in batch_samples)
+        tokens = sum(completion_tokens(batch, len(batch["index"])) for batch in batch_samples)
         counts = torch.tensor([rows, tokens], dtype=torch.float64, device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "mean")
@@ -366,8 +411,27 @@ def _prompt_features(objective: PreferenceConfig, stage: str) -> tuple[str, ...]
     return tuple(sorted(set(objective.beta_head.features) | {"entropy"} & set(objective.regularizer_weights)))
 
 
-def _missing(features: Iterable[str], columns: Iterable[str]) -> list[str]:
-    return [name for name in features if f"prompt_{name}" not in columns]
+def _reference_columns(inputs: dict[str, Any], lengths: Tensor) -> AnySequenceStats:
+    """The reference's statistics of the chosen and then the rejected responses, from the batch's columns."""
+    found = {
+        name: torch.cat([inputs[f"ref_{side}_{name}"] for side in ("chosen", "rejected")])
+        for name in ("logps", "entropy", "shared_logps")
+    }
+    return ExtendedSequenceStats(lengths=lengths, **found)
+
+
+def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | None:
+    """`prefix_sharing` as far as the models allow it; where sequences shall lie in one row, they attend along paths."""
+    lms = [causal_lm(model) for model in models if model is not None]
+    if args.padding_free and (reason := use_path_attention(lms, shared=False)):
+        raise ValueError(f"padding_free must be False: {reason}")
+    if args.prefix_sharing is None and (args.split_responses or args.torch_compile or args.stage != "dpo"):
+        return False
+    if args.prefix_sharing is not False and (reason := use_path_attention(lms, shared=True)):
+        if args.prefix_sharing:
+            raise ValueError(f"prefix_sharing must be False: {reason}")
+        return False
+    return args.prefix_sharing
 
 
 def _check_vocabulary(tokenizer: Any, embeddings: int) -> None:
