@@ -29,6 +29,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True},
         "prefix_sharing": True,
     },
+    "checkpointed every second layer": {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2, "use_reentrant": False},
+    },
+    "checkpointed and offloaded, prefix-shared": {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"offload": True, "use_reentrant": False},
+        "prefix_sharing": True,
+    },
     "checkpointed, one side at a time, packed": {
         "gradient_checkpointing": True, "split_responses": True, "padding_free": True,
     },
