@@ -12,8 +12,9 @@ from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastpo import PreferenceTrainer
+from fastpo import PreferenceTrainer, backbone
 from fastpo.adapters import adapters_disabled
+from fastpo.recipe import RecipeArguments, build_model, build_peft_config
 
 # PEFT warns of adapters on tied or output embeddings: merging and saving them is what is tested.
 pytestmark = pytest.mark.filterwarnings(
@@ -132,3 +133,63 @@ def test_disabling_adapters_leaves_everything_as_it_was(tmp_path: Path) -> None:
         assert not lm.training and not torch.is_grad_enabled() and not trainer.model.get_model_status().enabled
         raise KeyError
     assert state() == before
+
+
+def test_layers_alone_share_one_pass_over_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("linear_sequence_stats", "joint_linear_sequence_stats"):
+        op = getattr(backbone, name)
+        monkeypatch.setattr(backbone, name, lambda *a, op=op, name=name, **k: (calls.append(name), op(*a, **k))[1])
+    for kind in ("layers alone", "head alone"):
+        trainer = trainer_for(tmp_path, config=lora(**HEADED[kind]))
+        trainer.loss_output(trainer.model.train(), batch_of(trainer)).loss.backward()
+    assert calls == ["joint_linear_sequence_stats", "linear_sequence_stats", "linear_sequence_stats"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"use_peft": False, "model_name_or_path": "x"}, "load_in_4bit needs use_peft and model_name_or_path"),
+        (
+            {"use_peft": True, "model_config": {"model_type": "qwen3"}, "tokenizer_vocab_size": 300},
+            "load_in_4bit needs",
+        ),
+    ],
+)
+def test_four_bits_are_for_frozen_weights(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RecipeArguments(dataset="data.json", load_in_4bit=True, **fields)
+
+
+@pytest.mark.filterwarnings("default")
+def test_an_adapter_trains_on_four_bits(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model(hidden_size=64, intermediate_size=128, head_dim=32).save_pretrained(tmp_path / "base")
+    recipe = RecipeArguments(
+        model_name_or_path=str(tmp_path / "base"),
+        dataset="data.json",
+        use_peft=True,
+        load_in_4bit=True,
+        dtype="float32",
+    )
+    args = tiny_args(tmp_path, max_steps=8, precompute_ref_log_probs=True, gradient_checkpointing=True)
+    trainer = PreferenceTrainer(
+        build_model(recipe, args, tiny_tokenizer()), None, args, train_dataset=tiny_pairs(8),
+        processing_class=tiny_tokenizer(), peft_config=build_peft_config(recipe),
+    )  # fmt: skip
+    assert any("4bit" in type(module).__name__ for module in trainer.model.modules())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < 0.5
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit"])
+@pytest.mark.filterwarnings("default")
+def test_optimisers_of_eight_bits_train(tmp_path: Path, optim: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    trainer = PreferenceTrainer(
+        tiny_model(hidden_size=64), None, tiny_args(tmp_path, optim=optim, max_steps=6), train_dataset=tiny_pairs(8),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[-2]["loss"] < 0.4
