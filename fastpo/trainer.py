@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Trainer, TrainerCallback
 
-from fastpo.adapters import adapters_disabled, add_adapter
+from fastpo.adapters import add_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
-from fastpo.backbone import StatsOutput, Wanted, causal_lm, head_parameters, install_stats_forward, model_stats
+from fastpo.backbone import Wanted, causal_lm, head_parameters, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
 from fastpo.collation import PreferenceCollator
-from fastpo.config import PreferenceConfig
-from fastpo.data import REFERENCE_COLUMNS, tokenize_dataset
-from fastpo.layout import completion_tokens, prompts_alone
+from fastpo.data import tokenize_dataset
+from fastpo.layout import completion_tokens
 from fastpo.loading import disable_dropout, load_models
 from fastpo.loss_inputs import check_reads_column
 from fastpo.reference_cache import cache_key, with_reference_columns
+from fastpo.reference_model import Reference
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
-from fastpo.types import AnySequenceStats, ExtendedSequenceStats, LossOutput, StepTotals
+from fastpo.types import LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -108,15 +108,14 @@ class PreferenceTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else self._tokenize(eval_dataset, "eval_dataset", args, processing_class)
             )
-        self.uses_reference = args.stage == "dpo" and self.objective.needs_reference
-        self.prompt_features = _prompt_features(self.objective, args.stage)
         parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         columns = [rows.column_names for rows in parts if rows is not None] or [[]]  # none yet: they may lack all
-        reads_reference = any(self._lacking(names) != (False, ()) for names in columns)
-        if reads_reference and ref_model is None and not has_adapter and not args.precompute_ref_log_probs:
-            with without_heads(model):
-                ref_model = copy.deepcopy(model)
-        self.ref_model = ref_model if reads_reference else None
+        self.reference = Reference(self.objective, args.stage)
+        if any(self.reference.lacking(names) for names in columns):
+            if ref_model is None and not has_adapter and not args.precompute_ref_log_probs:
+                with without_heads(model):
+                    ref_model = copy.deepcopy(model)
+            self.reference.model = ref_model
         self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
             model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
@@ -129,12 +128,17 @@ class PreferenceTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
         install_stats_forward(self.model)
-        if args.precompute_ref_log_probs and reads_reference:
+        if args.precompute_ref_log_probs:
             self._precompute(has_adapter)
         if self.ref_model is not None:
             install_stats_forward(self.ref_model)
             self.ref_model.requires_grad_(False)
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.reference.model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+
+    @property
+    def ref_model(self) -> Any:
+        """The second model, where the reference is one."""
+        return self.reference.model
 
     @staticmethod
     def _tokenize(dataset: Dataset | None, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
@@ -201,40 +205,34 @@ class PreferenceTrainer(Trainer):
         if self.args.stage == "sft":
             return sft_stage(model_stats(model, inputs).sequence_stats(), totals=totals)
         objective, dynamic = self.objective, self.objective.beta_mode == "dynamic_scaling"
-        pairs = len(inputs["index"])
-        prompt = {name: inputs[f"prompt_{name}"] for name in self.prompt_features if f"prompt_{name}" in inputs}
-        lacks_pairs, lacks_prompt = self._lacking(inputs)
+        lacking = self.reference.lacking(inputs)
+        stats, prompt = self.reference.known(inputs)
         # A policy with an adapter answers for the reference in its own forward.
-        inside = lacks_pairs and self.ref_model is None
+        inside = lacking.pairs and self.ref_model is None
         if inside:
-            self._check_adapter(model, lacks_pairs, lacks_prompt)
-        reference: AnySequenceStats | None = None
-        if (lacks_pairs or lacks_prompt) and not inside:
-            output = self._reference_output(model, inputs, lacks_pairs, lacks_prompt)
-            prompt |= output.prompt_features()
-            reference = output.sequence_stats() if lacks_pairs else None
+            self.reference.check_adapter(self.accelerator.unwrap_model(model), lacking)
+        elif lacking:
+            output = self.reference.ask(model, self.accelerator.unwrap_model(model), inputs, lacking)
+            stats, prompt = output.sequence_stats() if lacking.pairs else stats, prompt | output.prompt_features()
         wanted = Wanted(
             shared_logps=objective.ld_alpha is not None,
             log_sum_sq_probs=objective.use_weighting,
             variance="disco" in objective.comparisons,
             reference=inside,
-            prompt=lacks_prompt if inside else (),
-            prompt_rows=pairs,
+            prompt=lacking.features if inside else (),
+            prompt_rows=len(inputs["index"]),
             log_s=dynamic,
             one_side_at_a_time=self.args.split_responses,
         )
         policy = model_stats(model, inputs, wanted, prompt or None)
         if inside:
-            prompt |= policy.prompt_features()
-            reference = policy.reference_stats()
-        elif self.uses_reference and not lacks_pairs:
-            reference = _reference_columns(inputs, policy["lengths"])
+            stats, prompt = policy.reference_stats(), prompt | policy.prompt_features()
         head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
             confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
         return dpo_stage(
-            policy.sequence_stats(), reference, objective,
+            policy.sequence_stats(), stats, objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
             context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
             prompt_entropy=prompt.get("entropy"), confidence=confidence,
@@ -256,32 +254,6 @@ class PreferenceTrainer(Trainer):
         done = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
         return scheduled_beta(self.objective.beta_schedule, done)
 
-    def _lacking(self, columns: Iterable[str]) -> tuple[bool, tuple[str, ...]]:
-        """Of what the objective reads of the reference, what is not in these columns: the pairs' statistics, and which
-        features of the prompt."""
-        pairs = self.uses_reference and REFERENCE_COLUMNS[0] not in columns
-        return pairs, tuple(name for name in self.prompt_features if f"prompt_{name}" not in columns)
-
-    @torch.no_grad()
-    def _reference_output(
-        self, model: nn.Module, inputs: dict[str, Any], pairs: bool, features: tuple[str, ...]
-    ) -> StatsOutput:
-        """The reference's statistics, of whole pairs or of their prompts alone."""
-        count = len(inputs["index"])
-        wanted = Wanted(shared_logps=pairs, prompt=features, prompt_rows=count)
-        batch = inputs if pairs else prompts_alone(inputs, count)
-        if self.ref_model is not None:
-            return model_stats(self.ref_model.eval(), batch, wanted)
-        self._check_adapter(model, pairs, features)
-        with adapters_disabled(causal_lm(self.accelerator.unwrap_model(model))):
-            return model_stats(model, batch, wanted)
-
-    def _check_adapter(self, model: nn.Module, pairs: bool, features: tuple[str, ...]) -> None:
-        """Without its adapter the policy is the reference; without an adapter there is none."""
-        if not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
-            missing = [*REFERENCE_COLUMNS * pairs, *(f"prompt_{name}" for name in features)]
-            raise ValueError(f"dataset must have the columns {', '.join(missing)}, as the others have")
-
     def precompute_reference(self, dataset: Dataset) -> Dataset:
         """The dataset, tokenised, with columns ref_* and prompt_* of what the objective reads of the reference.
 
@@ -289,22 +261,17 @@ class PreferenceTrainer(Trainer):
         model. Called before training where the model is its own reference.
         """
         rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
-        pairs, features = self._lacking(rows.column_names)
-        if not pairs and not features:
+        lacking = self.reference.lacking(rows.column_names)
+        if not lacking:
             return rows
         args, lm = self.args, causal_lm(self.model if self.ref_model is None else self.ref_model)
-        settings = {"pairs": pairs, "features": features, "precision": self.accelerator.mixed_precision}
+        settings = {**lacking._asdict(), "precision": self.accelerator.mixed_precision}
         parent = args.reference_cache_dir or Path(datasets.config.HF_CACHE_HOME).expanduser() / "fastpo" / "reference"
 
         def compute(listed: list[dict[str, Any]]) -> dict[str, Tensor]:
             inputs = self._prepare_inputs(self.data_collator(listed))
             with self.accelerator.autocast():
-                found = self._reference_output(self.model, inputs, pairs, features)
-            columns = {f"prompt_{name}": x for name, x in found.prompt_features().items()}
-            sides = zip(("chosen", "rejected"), found.sequence_stats().split(), strict=True) if pairs else ()
-            for side, stats in sides:
-                columns |= {name: getattr(stats, name.split("_", 2)[2]) for name in REFERENCE_COLUMNS if side in name}
-            return columns
+                return self.reference.columns(self.model, self.accelerator.unwrap_model(self.model), inputs, lacking)
 
         return with_reference_columns(
             rows, compute, Path(parent) / cache_key(lm, rows, settings),
@@ -315,7 +282,7 @@ class PreferenceTrainer(Trainer):
     def _precompute(self, has_adapter: bool) -> None:
         """Give all data the reference's columns, and let the reference go."""
         if self.ref_model is None and not has_adapter:
-            self.ref_model = self.model  # before its first step it is its own reference
+            self.reference.model = self.model  # before its first step it is its own reference
         reference = self.model if self.ref_model is None else self.ref_model
         install_stats_forward(reference)
         if next(reference.parameters()).device != self.accelerator.device:
@@ -326,7 +293,7 @@ class PreferenceTrainer(Trainer):
             self.eval_dataset = {name: self.precompute_reference(part) for name, part in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self.precompute_reference(self.eval_dataset)
-        self.ref_model = None
+        self.reference.model = None
 
     def _stop_at_bad_loss(self, output: LossOutput, index: Tensor) -> None:
         finite = torch.isfinite(output.losses)
@@ -402,22 +369,6 @@ class PreferenceTrainer(Trainer):
         """Heads are not missing: they have files of their own."""
         missing = [key for key in load_result.missing_keys if not set(key.split(".")) & set(HEADS)]
         super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
-
-
-def _prompt_features(objective: PreferenceConfig, stage: str) -> tuple[str, ...]:
-    """Features of the prompt that the Beta head and its regularisers read."""
-    if stage != "dpo" or objective.beta_mode != "dynamic_scaling":
-        return ()
-    return tuple(sorted(set(objective.beta_head.features) | {"entropy"} & set(objective.regularizer_weights)))
-
-
-def _reference_columns(inputs: dict[str, Any], lengths: Tensor) -> AnySequenceStats:
-    """The reference's statistics of the chosen and then the rejected responses, from the batch's columns."""
-    found = {
-        name: torch.cat([inputs[f"ref_{side}_{name}"] for side in ("chosen", "rejected")])
-        for name in ("logps", "entropy", "shared_logps")
-    }
-    return ExtendedSequenceStats(lengths=lengths, **found)
 
 
 def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | None:

@@ -11,6 +11,7 @@ from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 
 from fastpo import PreferenceTrainer, reference_cache
 from fastpo.data import REFERENCE_COLUMNS
+from fastpo.reference_model import Reference
 
 LEDPO: dict[str, Any] = {
     "add_beta_head": True, "beta_mode": "dynamic_scaling", "regularizers": {"entropy": 0.1},
@@ -49,7 +50,7 @@ def test_a_run_from_the_cache_is_the_live_run(tmp_path: Path, lora: bool) -> Non
 
 def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = trainer_for(tmp_path, precompute_ref_log_probs=True)
-    monkeypatch.setattr(PreferenceTrainer, "_reference_output", None)
+    monkeypatch.setattr(Reference, "ask", None)
     again = trainer_for(tmp_path, precompute_ref_log_probs=True)
     assert again.train_dataset.to_dict() == first.train_dataset.to_dict()
     assert set(REFERENCE_COLUMNS) <= set(first.train_dataset.column_names)
@@ -58,16 +59,16 @@ def test_a_second_run_computes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_interrupted_cache_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_cache, "SHARD_ROWS", 4)
     whole = trainer_for(tmp_path / "whole", precompute_ref_log_probs=True).train_dataset
-    compute, calls = PreferenceTrainer._reference_output, []
+    compute, calls = Reference.ask, []
 
-    def dies(self: Any, model: Any, inputs: Any, *args: Any) -> Any:
+    def dies(self: Any, policy: Any, unwrapped: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         calls.append(inputs["index"].tolist())
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return compute(self, model, inputs, *args)
+        return compute(self, policy, unwrapped, inputs, *args, **options)
 
     fields: dict[str, Any] = {"precompute_ref_log_probs": True, "precompute_ref_batch_size": 2}
-    monkeypatch.setattr(PreferenceTrainer, "_reference_output", dies)
+    monkeypatch.setattr(Reference, "ask", dies)
     with pytest.raises(KeyboardInterrupt):
         trainer_for(tmp_path, **fields)
     assert len(shards(tmp_path)) == 1 and [p.name for p in shards(tmp_path)[0].parent.iterdir()] == ["rows-000000000"]
