@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.serialization import register_package
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
@@ -17,6 +18,9 @@ from fastpo.architecture import HEADS
 from fastpo.files import flush, flush_tree, replacing, writing
 
 logger = logging.getLogger(__name__)
+
+# Several processes on CPUs resume on the device "cpu:0", onto which torch.load does not know how to load.
+register_package(11, lambda storage: None, lambda storage, location: storage if location == "cpu:0" else None)
 
 STAGING = ".incomplete"  # in output_dir: what is being written, replaced or deleted
 REPLACED = "replaced"
