@@ -55,8 +55,8 @@ class RunawayBeta(TrainerCallback):
 class EarlierLoss(TrainerCallback):
     """Makes train_loss of a resumed run the mean over all its steps; transformers counts those since the resumption.
 
-    And every loss logged by it that of an uninterrupted run: no mean runs across a checkpoint, which could not
-    remember its first part. So saving implies logging.
+    Saving implies logging here: a checkpoint does not hold the first part of a mean that runs across it, so that the
+    loss logged next would not be that of an uninterrupted run.
     """
 
     def __init__(self, trainer: Any) -> None:

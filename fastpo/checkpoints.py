@@ -25,7 +25,13 @@ register_package(11, lambda storage: None, lambda storage, location: storage if 
 STAGING = ".incomplete"  # in output_dir: what is being written, replaced or deleted
 REPLACED = "replaced"
 # A saved model loads by its config; these are the weights that belong to each.
-WEIGHTS = {"config.json": ("model*.safetensors*", "pytorch_model*.bin*"), "adapter_config.json": ("adapter_model*",)}
+WEIGHTS = {
+    "config.json": (
+        *("model.safetensors*", "model-*-of-*.safetensors"),
+        *("pytorch_model.bin*", "pytorch_model-*-of-*.bin"),
+    ),
+    "adapter_config.json": ("adapter_model.*",),
+}
 HEAD_FILES = tuple(f"{name}{suffix}" for name in HEADS for suffix in (".safetensors", "_config.json"))
 
 

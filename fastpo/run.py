@@ -51,7 +51,7 @@ def run_training(trainer: PreferenceTrainer) -> list[Path]:
     """Train or go on, evaluate, save model and curves; returns the pictures.
 
     Raises:
-        FloatingPointError: as `PreferenceTrainer`.
+        FloatingPointError: a loss or a gradient is not finite.
         SaveError: something cannot be written.
         SystemExit: SIGTERM, as `SaveOnSigterm`.
     """

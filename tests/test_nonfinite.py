@@ -116,11 +116,12 @@ def test_logged_means_leave_skipped_steps_out(tmp_path: Path) -> None:
 
 def test_the_count_of_skipped_steps_survives(tmp_path: Path) -> None:
     fields = SKIP | {"save_strategy": "steps", "save_steps": 4}
-    trainer_for(tmp_path, pairs({2: float("nan")}), **fields).train()
+    whole = trainer_for(tmp_path, pairs({2: float("nan")}), **fields).train()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["stateful_callbacks"]["StepGuard"]["attributes"] == {"skipped_steps": 1}
     resumed = trainer_for(tmp_path, pairs({2: float("nan")}), **fields)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    output = resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert output.training_loss == pytest.approx(whole.training_loss, rel=1e-6)
     assert [row["skipped_steps"] for row in resumed.state.log_history if "loss" in row] == [0, 1, 1, 1, 1]
 
 

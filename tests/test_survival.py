@@ -144,34 +144,39 @@ def with_an_old_model(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in names}
 
 
+def saved_step(run: Path) -> int:
+    newest = newest_checkpoint(run)
+    return 0 if newest is None else int(newest.name.rpartition("-")[2])
+
+
+def wait_for(run: Path, step: int) -> float:
+    """When training has begun and, if it is not 0, the checkpoint of a step is there."""
+    while not (run / "metrics.jsonl").exists() or saved_step(run) < step:
+        time.sleep(0.001)
+    return time.perf_counter()
+
+
 def test_killed_at_random_moments_every_resume_ends_as_the_uninterrupted_run(
     recipe: Path, whole: Path, tmp_path: Path
 ) -> None:
-    def begun(run: Path) -> float:
-        while not (run / "metrics.jsonl").exists():
-            time.sleep(0.001)
-        return time.perf_counter()
-
     timed = start(recipe, tmp_path / "timed")
-    training = -begun(tmp_path / "timed")
+    between = (-wait_for(tmp_path / "timed", 0) + wait_for(tmp_path / "timed", 12)) / 6  # two checkpoints
     timed.join()
-    training += time.perf_counter()
     chance = random.Random(0)
-    steps = []
+    killed_after = []
     for kill in range(KILLS):
         run = tmp_path / f"run{kill}"
         old = with_an_old_model(run)
         process = start(recipe, run, "--save_total_limit", "1")
-        begun(run)
-        # One moment in each of KILLS equal parts of the training.
-        time.sleep(training * (kill + chance.random()) / KILLS)
+        # Somewhere after a checkpoint, or before the first, each in turn.
+        wait_for(run, kill * 7 // KILLS * SAVE_STEPS)
+        time.sleep(chance.random() * between)
         process.kill()
         process.join()
-        newest = newest_checkpoint(run)
-        steps.append(0 if newest is None else int(newest.name.rpartition("-")[2]))
+        killed_after.append(saved_step(run))
         assert_nothing_loads_wrong(run, whole, old)
         assert_ends_as(run, whole, recipe)
-    print(f"killed after the checkpoints of steps {steps}, {training:.2f} s of training")
+    print(f"killed after the checkpoints of steps {killed_after}; {between:.3f} s between two")
 
 
 def test_killed_between_any_two_file_operations_nothing_loads_wrong(recipe: Path, whole: Path, tmp_path: Path) -> None:
@@ -188,10 +193,8 @@ def test_killed_between_any_two_file_operations_nothing_loads_wrong(recipe: Path
         assert status == -signal.SIGKILL, output[-2000:]
         assert_nothing_loads_wrong(run, whole, old)
         # The only checkpoint is deleted once the next one is in place.
-        there = newest_checkpoint(run)
-        step = 0 if there is None else int(there.name.rpartition("-")[2])
-        assert step >= newest
-        newest = step
+        assert saved_step(run) >= newest
+        newest = saved_step(run)
         assert_ends_as(run, whole, recipe)
     assert newest == RECIPE["max_steps"]
 
@@ -374,6 +377,28 @@ def test_a_checkpoint_disappears_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         discard([gone])
     clear_staging(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def test_no_moment_has_a_mixture_of_two_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-1-of-2.safetensors")
+    for name in (*names[:2], "beta_head.safetensors"):
+        (tmp_path / name).write_text("old")
+
+    def checked(change: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            result = change(*args, **kwargs)
+            there = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+            assert "config.json" not in there or set(there.values()) == {there["config.json"]}
+            return result
+
+        return wrapped
+
+    with monkeypatch.context() as patch, replacing_model(tmp_path) as staged:
+        for name in (names[0], *names[2:]):  # in shards this time
+            (staged / name).write_text("new")
+        for change in ("replace", "rename", "unlink"):
+            patch.setattr(Path, change, checked(getattr(Path, change)))
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[2:]}
 
 
 def test_an_adapter_leaves_the_model_beside_it(tmp_path: Path) -> None:
