@@ -43,6 +43,7 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
     max_length: int = option(1024, "Longest prompt + completion, in tokens.")
     disable_dropout: bool = option(True, "Set the model's dropout to 0, so that policy and reference compare.")
     skip_bad_rows: bool = option(False, "Leave unusable rows out, naming them, instead of stopping.")
+    skip_nonfinite_steps: bool = option(False, "Skip a step whose loss or gradient is NaN or infinite, not stop at it.")
     dataset_num_proc: int | None = option(None, "Processes that tokenise.")
     padding_free: bool = option(False, "Lay a batch's sequences end to end in one row, without padding.")
     prefix_sharing: bool | None = option(

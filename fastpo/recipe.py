@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -170,9 +170,8 @@ def check_output_dir(output_dir: str) -> None:
     """Make the folder and prove that it can be written, before any work is done."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(output_dir) / f".fastpo-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
     except OSError as error:
         raise ValueError(f"output_dir must be a writable folder, got {output_dir!r}: {error.strerror}") from None
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from fastpo.adapters import add_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
@@ -19,11 +19,13 @@ from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
 from fastpo.backbone import Wanted, causal_lm, head_parameters, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
+from fastpo.checkpoints import AtomicTrainer
 from fastpo.collation import PreferenceCollator
 from fastpo.data import tokenize_dataset
 from fastpo.layout import completion_tokens
 from fastpo.loading import disable_dropout, load_models
 from fastpo.loss_inputs import check_reads_column
+from fastpo.nonfinite import StepGuard, check_loss
 from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.reference_model import Reference
 from fastpo.regularizers import label_confidence
@@ -34,7 +36,7 @@ from fastpo.types import LossOutput, StepTotals
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(AtomicTrainer):
     """Train a causal LM on preferences (stage ``dpo``) or on their chosen responses (stage ``sft``).
 
     Args:
@@ -122,7 +124,10 @@ class PreferenceTrainer(Trainer):
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self)):
+        if args.skip_nonfinite_steps and self.is_deepspeed_enabled:
+            raise ValueError("skip_nonfinite_steps must be False with DeepSpeed, which steps by itself, got True")
+        self._guard = StepGuard(self, args.skip_nonfinite_steps)
+        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self), self._guard):
             self.add_callback(callback)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
@@ -194,11 +199,16 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         """The stage's loss of a batch; with `return_outputs` also {"rewards": (B, 2)}."""
         output = self.loss_output(model, inputs, num_items_in_batch)
-        self._stop_at_bad_loss(output, inputs["index"])
+        # With DeepSpeed the backward pass makes the step: too late for the guard.
+        if model.training and not self.is_deepspeed_enabled:
+            loss = self._guard.watch(output, inputs["index"])
+        else:
+            check_loss(output, inputs["index"], self.state.global_step)
+            loss = output.loss
         self._meters["train" if model.training else "eval"].add(output.metrics, len(inputs["index"]))
         if not return_outputs:
-            return output.loss
-        return output.loss, {"rewards": torch.stack((output.chosen_rewards, output.rejected_rewards), dim=1)}
+            return loss
+        return loss, {"rewards": torch.stack((output.chosen_rewards, output.rejected_rewards), dim=1)}
 
     def loss_output(self, model: nn.Module, inputs: dict[str, Any], totals: StepTotals | None = None) -> LossOutput:
         """The stage's `LossOutput` for a `PreferenceBatch` on the model's device."""
@@ -295,16 +305,13 @@ class PreferenceTrainer(Trainer):
             self.eval_dataset = self.precompute_reference(self.eval_dataset)
         self.reference.model = None
 
-    def _stop_at_bad_loss(self, output: LossOutput, index: Tensor) -> None:
-        finite = torch.isfinite(output.losses)
-        if bool(finite.all() & torch.isfinite(output.loss)):  # one wait for the device, not two
-            return
-        rows = index[~finite].tolist() or index.tolist()
-        values = output.losses[~finite].tolist()[:5]
-        raise FloatingPointError(
-            f"loss is not finite at step {self.state.global_step}: dataset rows {rows}, losses {values}. "
-            "Look at those rows; then at learning_rate, max_grad_norm and the precision (bf16 rather than fp16)."
-        )
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, in which every process sees a step gone wrong; None of a step that was skipped."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:
+            return norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        return norm if self._guard.passes(model, norm) else None
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
         """What the whole optimiser step averages over; see `StepTotals`."""
@@ -349,10 +356,16 @@ class PreferenceTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    def forget_metrics(self, batches: int) -> None:
+        """Leave the last so many training batches out of the logged means."""
+        self._meters["train"].forget(batches)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meters["train"].collect(self.accelerator))
             self._meters["train"] = Meter()
+            if self.args.skip_nonfinite_steps:
+                logs["skipped_steps"] = self._guard.skipped_steps
         super().log(logs, start_time)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------

@@ -111,6 +111,7 @@ def test_import_loads_neither_triton_nor_hugging_face() -> None:
 # module -> (modules of ours, third-party packages) that it may import
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.types": (set(), {"torch"}),
+    "fastpo.files": (set(), set()),
     "fastpo.schedules": (set(), {"torch"}),
     "fastpo.links": (set(), {"torch"}),
     "fastpo.methods": (set(), set()),
