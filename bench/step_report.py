@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.machine import provenance
 from bench.step_contenders import CACHED
-from bench.step_problem import StepShape
+from bench.step_problem import LORA_RANK, StepShape
 
 # What fastpo's LoRA with a cached reference is to need, as a share of TRL's time and of TRL's extra memory.
 MOST_TIME, MOST_MEMORY = 0.5, 0.35
@@ -21,13 +21,13 @@ def sections(result: dict[str, Any]) -> Iterator[str]:
     """The lines of the report, without a title."""
     yield provenance(result)
     yield (
-        f"One step of {StepShape(**result['shape'])}; fp32, AdamW, LoRA of rank 16 on all linear layers but the head. "
-        "A step is what a Trainer does between `on_step_begin` and `on_step_end`: forward, backward, clipping, "
-        "optimizer; the first one of a process warms up. Extra memory is the highest resident memory of training, the "
-        "first step included, less that after loading: models (with full training two), data and trainer. Set-up is "
-        "all from the loaded model to the first step: tokenising, the trainer, and the reference's log-probs where "
-        "they are computed ahead, which a run pays once. Losses and gradient norms agree with the plain loop's to the "
-        "error shown, relative.\n"
+        f"One step of {StepShape(**result['shape'])}; fp32, AdamW, LoRA of rank {LORA_RANK} on every linear layer but "
+        "the head. The time is what a Trainer needs between `on_step_begin` and `on_step_end`: forward, backward, "
+        "clipping, optimizer; the first step of a process warms up. Extra memory is the highest resident memory of "
+        "training, the first step included, less that after loading: models (two where the whole model is trained), "
+        "data and trainer. Set-up is all between the models and the first step: tokenising, the trainer, and the "
+        "reference's log-probs where they are computed ahead, which a run pays once. Losses and gradient norms differ "
+        "from the plain loop's by the error shown, relative.\n"
     )
     rows = result["rows"]
     done = {row["contender"]: row for row in rows if "median" in row}
