@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from xxhash import xxh3_128
 
 from fastpo.data import VECTOR_COLUMNS
+from fastpo.files import flush_tree
 
 SHARD_ROWS = 512
 FORMAT = 1
@@ -112,6 +113,7 @@ def _write(columns: dict[str, Tensor], path: Path) -> None:
         Dataset.from_dict({name: x.numpy() for name, x in columns.items()}, features=Features(features)).save_to_disk(
             partial
         )
+        flush_tree(partial)
         partial.rename(path)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
