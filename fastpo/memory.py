@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fastpo.ops import IMPLEMENTATIONS, linear_logps
+from fastpo.op_checks import IMPLEMENTATIONS
+from fastpo.ops import linear_logps
 
 
 def peak_bytes_of(work: Callable[[], object], device: torch.device) -> int:
