@@ -51,9 +51,9 @@ def linear_logps(
         weight: (V, D) the LM head, hidden's dtype; any strides.
         labels: (...) int64, already aligned: hidden[t] predicts labels[t].
         bias: (V,), hidden's dtype, or None.
-        lora: an adapter of the head: projected (..., r), which is scaling * dropout(hidden) @ lora_A.T, and lora_B
-            (V, r), both in hidden's dtype. weight + scaling * lora_B @ lora_A is never formed, and what a slice of the
-            vocabulary takes is given back with it. None: no adapter.
+        lora: the head's adapter: projected (..., r) = scaling * dropout(hidden) @ lora_A.T, through which autograd
+            reaches lora_A and hidden, and lora_B (V, r); both in hidden's dtype. The head is never merged with it, and
+            joined with it only a slice of the vocabulary at a time. None: no adapter.
         ignore_index: rows with this label are not projected; their results are exactly 0.
         logit_scale, softcap, temperature: as above; softcap and temperature > 0.
         impl: "fused" (Triton), "chunked" (plain PyTorch tiles), "reference" (eager, full logits), or "auto": fused on

@@ -64,7 +64,7 @@ class Operands(NamedTuple):
         weight: (V, D).
         bias: (V,) or None.
         projected, lora_b: (M, r) and (V, r) of the head's adapter, or both None.
-        ref_hidden: (M, D) or None; the reference's head has no adapter.
+        ref_hidden: (M, D) or None; None where there is an adapter, which a reference would not have.
     """
 
     hidden: Tensor
@@ -428,7 +428,7 @@ def _linear_statistics_backward(
         rows.gradient(grad_entropy, grad_seq_entropy),
         rows.gradient(grad_kl, grad_seq_kl),
     )
-    found = InputGradients(None, None)
+    found = InputGradients()
     from_unit = None
     if mode == "frozen" and grads.logps is not None:
         from_unit = unit[:count, needs.columns(hidden.shape[1])] * grads.logps[:, None]
@@ -459,7 +459,7 @@ def _split(d_rows: Tensor | None, operands: Operands, needs: Needs, rows: _Rows)
     if operands.projected is None:
         return rows.spread(d_rows.to(dtype), m), None
     r, left = operands.projected.shape[1], d if needs.hidden else 0
-    # Copies: an op's results must not share memory.
+    # Copies: an op's results share no memory, and lie as its fake ones do.
     d_hidden = rows.spread(d_rows[:, :d].to(dtype, copy=True), m) if needs.hidden else None
     d_projected = rows.spread(d_rows[:, left : left + r].to(dtype, copy=True), m) if needs.projected else None
     return d_hidden, d_projected

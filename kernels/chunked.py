@@ -279,7 +279,7 @@ class _Sums:
         hidden, bias = problem.hidden, problem.bias
         self.order, self.dtype, self.n = problem.order, dtype, hidden.shape[0]
         self.columns = needs.columns(problem.weight.shape[1])
-        self.rows = torch.zeros_like(hidden[:, self.columns], dtype=dtype) if needs.rows else None
+        self.rows = hidden.new_zeros(hidden[:, self.columns].shape, dtype=dtype) if needs.rows else None
         self.parts = problem.head_parts(needs)
         self.bias = None if bias is None or not needs.bias else bias.new_empty(bias.shape)
         # fp32 sums of the present columns' gradients; the head's are written in place where its dtype allows it.
@@ -288,7 +288,7 @@ class _Sums:
         self.d_bias: Tensor | None = None
 
     def result(self) -> InputGradients:
-        return InputGradients(self.rows, self.bias, **{name: part.grad for name, part in self.parts.items()})
+        return InputGradients(self.rows, bias=self.bias, **{name: part.grad for name, part in self.parts.items()})
 
     def add(self, weight: Tensor, grad: Tensor, rows: slice | Tensor, cols: slice, hidden: Tensor) -> None:
         """Push d loss / d x (R, C) of a tile on. A gathered tile (rows is a tensor) is all there is of its columns."""

@@ -398,7 +398,7 @@ def _backward(
     ref_hidden = None if problem.ref_hidden is None or grads.kl is None else _operand(problem.ref_hidden)
     labels = problem.labels.to(torch.int32)
     columns, head_parts = needs.columns(problem.weight.shape[1]), problem.head_parts(needs)
-    d_rows = torch.zeros_like(hidden[:, columns], dtype=torch.float32) if needs.rows else None
+    d_rows = hidden.new_zeros(hidden[:, columns].shape, dtype=torch.float32) if needs.rows else None
     d_bias = problem.bias.new_empty(problem.bias.shape) if needs.bias and problem.bias is not None else None
     width = _slice_width(problem)
     buffer = hidden.new_empty(n * width)
@@ -455,7 +455,7 @@ def _backward(
                 head.grad[which] = _kept_weight(out, hidden[:, head.columns], kept, head.grad.dtype, config)
         if d_bias is not None:
             d_bias[which] = out.sum(0, dtype=torch.float32).to(d_bias.dtype)
-    return InputGradients(d_rows, d_bias, **{name: head.grad for name, head in head_parts.items()})
+    return InputGradients(d_rows, bias=d_bias, **{name: head.grad for name, head in head_parts.items()})
 
 
 def _from_stash(

@@ -87,7 +87,7 @@ class Problem(NamedTuple):
 
 
 class HeadPart(NamedTuple):
-    """The gradient of a part of the head (V, C), to be filled, and its columns among a row's W."""
+    """The gradient (V, C) of weight or lora_b, to be filled, and which of a row's W columns belong to it."""
 
     grad: Tensor
     columns: slice
@@ -166,7 +166,7 @@ class Needs(NamedTuple):
         return self.hidden or self.projected
 
     def columns(self, d: int) -> slice:
-        """Which of a row's columns want one; projected's, after the first d, are had for next to nothing."""
+        """The columns of a row to compute it for; next to hidden's d, projected's cost nothing."""
         return slice(0 if self.hidden else d, None)
 
 
@@ -174,14 +174,12 @@ class InputGradients(NamedTuple):
     """What a backward computes; None where it is not needed.
 
     Attributes:
-        rows: (N, the columns of W that `Needs.columns` tells) in the accumulator's dtype.
-        bias: (V,)
-        weight: (V, D)
-        lora_b: (V, r)
+        rows: (N, those of W columns that `Needs.columns` names) in the accumulator's dtype.
+        bias, weight, lora_b: (V,), (V, D) and (V, r) in the inputs' dtype.
     """
 
-    rows: Tensor | None
-    bias: Tensor | None
+    rows: Tensor | None = None
+    bias: Tensor | None = None
     weight: Tensor | None = None
     lora_b: Tensor | None = None
 

@@ -102,7 +102,7 @@ def test_a_preset_stands_below_the_file_and_the_file_below_the_command_line(reci
 
 def test_shipped_recipes_parse() -> None:
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        parse_recipe(str(path), ["--dataset", "data.json", "--output_dir", "somewhere"])
+        parse_recipe(str(path), ["--dataset", "data.json", "--output_dir", "somewhere", "--use_cpu", "true"])
 
 
 ROW = planted_preferences(1, seed=0)[0]
