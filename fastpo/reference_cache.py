@@ -94,10 +94,12 @@ def _own_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
     added = set(HEADS) | {"modules_to_save"}
     for module in lm.modules():
         added |= set(getattr(module, "adapter_layer_names", ()))
-    for name, tensor in sorted(lm.state_dict().items()):
+    found = {}
+    for name, tensor in lm.state_dict().items():
         parts = name.split(".")
         if isinstance(tensor, Tensor) and not added & set(parts):
-            yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), tensor
+            found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
+    yield from sorted(found.items())
 
 
 def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:
