@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 BETA = 0.1
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 1e-6
 MAX_GRAD_NORM = 1.0
 LORA_RANK, LORA_ALPHA = 16, 32
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
