@@ -1,8 +1,8 @@
 """Attention over responses laid end to end in one row of tokens, without padding and without a mask.
 
 A path is a prompt and one response to it. Each path is one call of causal attention; a prompt that two paths share is
-in the row once. The paths travel where transformers lets a caller's own mask travel, as (1, 1, S, 4) int64 in place of
-a mask, so that every layer, also a recomputed one, gets them.
+in the row once, before the first of the two responses. The paths travel where transformers lets a caller's own mask
+travel, as (1, 1, S, 4) int64 in place of a mask, so that every layer, also a recomputed one, gets them.
 """
 
 from collections.abc import Iterable
@@ -34,14 +34,20 @@ def path_attention(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     done, pieces = 0, []
-    for prompt_start, prompt_end, start, end in sorted(attention_mask[0, 0].tolist(), key=lambda path: path[2]):
-        shared = prompt_end - prompt_start
+    for prompt_start, prompt_end, start, end in sorted(attention_mask[0, 0].tolist(), key=lambda path: path[2:]):
+        if end == done:  # an empty response
+            continue
+        prompt, response = slice(prompt_start, prompt_end), slice(start, end)
+        shared, own, mask = prompt_end - prompt_start, end - start, None
         if prompt_end == start:
             parts = [x[:, :, prompt_start:end] for x in (query, key, value)]
-        else:  # The prompt's queries run again: cheaper than the mask that attention from the response alone needs.
-            parts = [torch.cat((x[:, :, prompt_start:prompt_end], x[:, :, start:end]), 2) for x in (query, key, value)]
-        out = sdpa_attention_forward(module, *parts, None, **options)[0]
-        pieces.append(out if prompt_start == done else out[:, shared:])
+        else:
+            parts = [torch.cat((x[:, :, prompt], x[:, :, response]), 2) for x in (query, key, value)]
+            if own <= shared:  # else the prompt's queries run again: cheaper than a mask as long as it is wide
+                mask = torch.ones(own, shared + own, dtype=torch.bool, device=query.device).tril(shared)
+                parts[0] = query[:, :, response]
+        out = sdpa_attention_forward(module, *parts, mask, **options)[0]
+        pieces.append(out[:, out.shape[1] - (end - done) :])  # the prompt's own attention is in its first path
         done = end
     return torch.cat(pieces, 1), None
 

@@ -14,7 +14,8 @@ from tiny import tiny_args, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from fastpo import PreferenceTrainer
-from fastpo.attention import SDPA_PATHS
+from fastpo.attention import SDPA_PATHS, use_path_attention
+from fastpo.backbone import install_stats_forward, model_stats
 from fastpo.collation import PreferenceCollator
 from fastpo.data import tokenize_dataset
 from fastpo.layout import positions
@@ -131,6 +132,25 @@ def test_other_architectures_attend_along_paths(tmp_path: Path, model_type: str)
     expected = step(tmp_path, tiny_model(model_type))
     for name in ("packed", "prefix-shared"):
         assert_same(step(tmp_path, tiny_model(model_type), **WAYS[name]), expected)
+
+
+@pytest.mark.parametrize("chosen", [0, 3, 30])
+@pytest.mark.parametrize("rejected", [0, 2, 20])
+def test_responses_of_any_length_share_a_prompt(chosen: int, rejected: int) -> None:
+    """Shorter and longer than the prompt, and empty."""
+    torch.manual_seed(0)
+    model = tiny_model().double().eval()
+    install_stats_forward(model)
+    rows = [
+        {"prompt_ids": list(range(5, 5 + n)), "chosen_ids": [7] * chosen, "rejected_ids": [9] * rejected, "index": 0}
+        for n in (1, 10)
+    ]
+    expected = model_stats(model, PreferenceCollator(0)(rows))
+    use_path_attention([model], shared=True)
+    for shared in (False, True):
+        found = model_stats(model, PreferenceCollator(0, padding_free=True, prefix_sharing=shared)(rows))
+        torch.testing.assert_close(found["logps"], expected["logps"], rtol=1e-9, atol=1e-9)
+        assert torch.equal(found["lengths"], expected["lengths"])
 
 
 def test_in_stage_sft_packed_is_padded(tmp_path: Path) -> None:
