@@ -141,6 +141,20 @@ def test_a_gradient_that_is_not_finite_is_a_bad_step_too(tmp_path: Path, max_gra
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_a_bad_loss_with_a_finite_gradient_is_a_bad_step_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_for(tmp_path, pairs({}), **(SKIP | {"skip_nonfinite_steps": False}))
+    compute = trainer.loss_output
+
+    def with_a_constant(model: Any, inputs: Any, totals: Any = None) -> Any:
+        output = compute(model, inputs, totals)
+        added = torch.where(inputs["index"] == 8, torch.inf, 0.0)
+        return output._replace(losses=output.losses + added, loss=output.loss + added.sum())
+
+    monkeypatch.setattr(trainer, "loss_output", with_a_constant)
+    with pytest.raises(FloatingPointError, match=r"loss is not finite at step 4: dataset rows \[8\], losses \[inf\]"):
+        trainer.train()
+
+
 def test_a_bad_loss_of_the_evaluation_stops(tmp_path: Path) -> None:
     trainer = trainer_for(tmp_path, pairs({}), skip_nonfinite_steps=True)
     with pytest.raises(FloatingPointError, match=r"dataset rows \[3\], losses \[nan\]"):
