@@ -275,16 +275,41 @@ def _statistics(
         torch.autocast(rows.device.type, enabled=False),
         torch.set_grad_enabled(torch.is_grad_enabled() and mode != "no_grad"),
     ):
-        if impl == "reference":
+        if impl == "reference" and not _is_sharded(weight):
             stats = _reference_statistics(*inputs, transform, options.ignore_index, kl)
         else:
             plan = Plan(
                 *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
                 static=torch.compiler.is_compiling(),
             )  # fmt: skip
-            stats = linear_statistics(*inputs, order, plan)
+            stats = _sharded(*inputs, order, plan) if _is_sharded(weight) else linear_statistics(*inputs, order, plan)
     constants = {name: getattr(stats, name).detach() for name in Statistics._fields if name.startswith("ref_")}
     return stats._replace(**constants)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return hasattr(weight, "device_mesh")  # a DTensor, whose module takes a second to import
+
+
+def _sharded(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ends: Tensor | None,
+    order: Tensor | None,
+    plan: Plan,
+) -> Statistics:
+    """Under a head that is split over processes; see `fastpo.vocab_parallel`."""
+    from fastpo.kernels.sharded import sharded_statistics
+
+    if plan.impl == "reference" or order is not None:
+        raise ValueError(
+            "a weight that is sharded over processes takes impl='fused' or 'chunked' and vocab_order=None, got "
+            f"impl={plan.impl!r} and {'no' if order is None else 'a'} vocab_order"
+        )
+    return sharded_statistics(hidden, weight, labels, bias, ref_hidden, ends, plan)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ is an op of its own, without a gradient: statistics are differentiable once.
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -310,25 +311,43 @@ def _(hidden, weight, labels, bias, ref_hidden, ends, order, *plan):  # type: ig
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    hidden, weight, labels, bias, ref_hidden, ends, order, *plan = inputs
-    stats = Statistics(*output)
+    ctx.plan = Plan(*inputs[_OPERANDS:])
+    ctx.save_for_backward(*inputs[:_OPERANDS], *for_backward(Statistics(*output)))
+
+
+_OPERANDS = 7  # hidden, weight, labels, bias, ref_hidden, ends, order
+
+
+def for_backward(stats: Statistics) -> tuple[Tensor, ...]:
+    """Of what the op returns, what its backward reads, in the backward's order."""
     saved = (stats.logps, stats.entropy, stats.kl, stats.ref_logps, stats.ref_entropy, stats.lse, stats.ref_lse)
-    kept = (stats.unit, stats.stash, stats.stash_peak, stats.keep)
-    ctx.save_for_backward(hidden, weight, labels, bias, ref_hidden, ends, order, *saved, *kept)
-    ctx.plan = plan
+    return *saved, stats.unit, stats.stash, stats.stash_peak, stats.keep
+
+
+def statistics_gradients(
+    upstream: Statistics, saved: Sequence[Tensor | None], needs: Needs, plan: Plan
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias; None where not needed.
+
+    Args:
+        upstream: gradients of the policy's statistics, None where none arrived.
+        saved: the op's seven tensor operands, then `for_backward`.
+        needs, plan: see there.
+    """
+    refuse_double_backward()
+    out = _linear_statistics_backward(
+        *(upstream.logps, upstream.entropy, upstream.kl, upstream.seq_logps, upstream.seq_entropy, upstream.seq_kl),
+        *saved, *needs, *plan,
+    )  # fmt: skip
+    d_hidden, d_weight, d_bias = (x if wanted else None for x, wanted in zip(out, needs, strict=True))
+    return d_hidden, d_weight, d_bias
 
 
 def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    needs = ctx.needs_input_grad
-    needs_input = (needs[0], needs[1], needs[3])
-    upstream = Statistics(*cast(Any, grads))  # None where nothing arrived
-    out = _linear_statistics_backward(
-        *(upstream.logps, upstream.entropy, upstream.kl, upstream.seq_logps, upstream.seq_entropy, upstream.seq_kl),
-        *ctx.saved_tensors, *needs_input, *ctx.plan,
-    )  # fmt: skip
-    d_hidden, d_weight, d_bias = (x if wanted else None for x, wanted in zip(out, needs_input, strict=True))
-    return d_hidden, d_weight, None, d_bias, *[None] * (3 + len(ctx.plan))
+    wanted = ctx.needs_input_grad
+    needs = Needs(wanted[0], wanted[1], wanted[3])
+    d_hidden, d_weight, d_bias = statistics_gradients(Statistics(*cast(Any, grads)), ctx.saved_tensors, needs, ctx.plan)
+    return d_hidden, d_weight, None, d_bias, *[None] * (_OPERANDS - 4 + len(ctx.plan))
 
 
 _linear_statistics.register_autograd(_gradients, setup_context=_setup_context)
