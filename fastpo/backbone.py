@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from fastpo.ops import linear_logps, linear_sequence_stats
 from fastpo.types import AnySequenceStats, ExtendedSequenceStats, SequenceStats
+from fastpo.vocab_parallel import mean_gradient
 
 IGNORED = -100
 # How config classes name what their forward does to the logits.
@@ -138,15 +138,7 @@ def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(head, "base_layer"):
         raise ValueError("peft_config must not put LoRA on the LM head (use modules_to_save for it)")
     weight, bias = head.weight, getattr(head, "bias", None)
-    if isinstance(weight, DTensor) and weight.requires_grad:
-        raise ValueError("an LM head that is trained and sharded apart (FSDP2) is not supported in this version")
-    if hasattr(weight, "ds_id"):
-        raise ValueError("DeepSpeed ZeRO-3 shards of the LM head are not supported in this version; use ZeRO-2")
-    return _whole(weight), None if bias is None else _whole(bias)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return mean_gradient(weight), None if bias is None else mean_gradient(bias)
 
 
 def logit_options(config: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class PreferenceTrainer(Trainer):
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self)):
+        for callback in (EarlierLoss(self), Memory(self.accelerator), RunawayBeta(self)):
             self.add_callback(callback)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True

@@ -15,7 +15,7 @@ Either way every process of the group must make the same calls in the same order
 """
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,35 @@ def vocab_parallel_sequence_stats(
     """
     inputs = _sharded(hidden, weight, labels, bias, group, same_rows)
     return linear_sequence_stats(*inputs, cu_seqlens=cu_seqlens, **options)
+
+
+def mean_gradient(parameter: Tensor) -> Tensor:
+    """The parameter, with the gradient that FSDP2 gives its own: the mean over the processes' losses.
+
+    For a DTensor that FSDP2 shards and that is used as it is, outside of the forward for which FSDP2 would gather it;
+    with placement Shard(0) on one dimension of the mesh, and replicated on others. Any other tensor is returned as is.
+    """
+    if not hasattr(parameter, "device_mesh") or not parameter.requires_grad:
+        return parameter
+    return _MeanGradient.apply(parameter)
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: Any) -> Any:
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        """grad: over the processes among which rows are split, already their sum."""
+        mesh, local = grad.device_mesh, grad.to_local().clone()
+        for dim, placement in enumerate(grad.placements):
+            if placement.is_replicate():
+                dist.all_reduce(local, group=mesh.get_group(dim))
+        local /= mesh.size()
+        return type(grad).from_local(
+            local, mesh, grad.placements, run_check=False, shape=grad.shape, stride=grad.stride()
+        )
 
 
 def _sharded(

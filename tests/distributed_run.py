@@ -1,0 +1,102 @@
+"""Training runs that are the same on one process and on several, under `torch.distributed.run` or within pytest."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig
+from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
+
+from fastpo.kernels import sharded
+from fastpo.trainer import PreferenceTrainer
+
+ROWS = 8  # of the dataset, which every optimiser step sees whole, on however many processes
+LEDPO: dict[str, Any] = {
+    "add_beta_head": True, "beta_mode": "dynamic_scaling", "beta_head_config": {"kind": "mlp"},
+    # `smooth` compares the pairs of one process, so it is not the same on several.
+    "regularizers": {"pointwise": 0.1, "entropy": 0.1, "global": 1.0, "range": 1.0},
+}  # fmt: skip
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {"stage": "sft"},
+    "dpo": {"sft_weight": 0.5, "sft_reduction": "token", "length_normalization": True, "beta": 1.0},
+    "ledpo": {"length_normalization": True, "beta": 1.0, **LEDPO},
+}
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
+    # Linear layers are units of their own, the LM head too: as nobody calls it, it stays sharded.
+    "fsdp2 apart": {
+        "fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer", "Linear"]}
+    },
+}  # fmt: skip
+PARTS = ("full", "lora", "lora head")
+
+
+def run(case: str, output_dir: Path | str, engine: str = "ddp", resume: bool = False, **fields: Any) -> dict[str, Any]:
+    """Train a case "objective, part"; what the steps gave and left, and how the model was held."""
+    objective, part = case.split(", ")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    options = {
+        "optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0, "max_steps": 3,
+        "per_device_train_batch_size": ROWS // processes, **OBJECTIVES[objective], **ENGINES[engine], **fields,
+    }  # fmt: skip
+    AcceleratorState._reset_state()
+    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of an earlier case
+    args = tiny_args(output_dir, **options)
+    if args.fsdp and args.world_size > 1:
+        # accelerate takes the FSDP2 path for GPUs alone; nothing on that path needs one.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    torch.manual_seed(100)
+    adapter = None
+    if part != "full":
+        adapter = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False,
+            modules_to_save=["lm_head"] if part == "lora head" else None,
+        )  # fmt: skip
+    trainer = PreferenceTrainer(
+        tiny_model(), None if adapter else tiny_model(seed=7), args, train_dataset=tiny_pairs(ROWS),
+        processing_class=tiny_tokenizer(), peft_config=adapter, callbacks=[gradients := Gradients()],
+    )  # fmt: skip
+    with mock.patch.object(sharded, "sharded_statistics", wraps=sharded.sharded_statistics) as sharded_head:
+        trainer.train(resume_from_checkpoint=resume)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    means = {name: float(mean) for name, mean in trainer.running_means.items()}
+    return {
+        "losses": losses, "means": means, "gradients": gradients.last, "weights": _whole(trainer.model, lambda p: p),
+        "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "sharded_head_calls": sharded_head.call_count,
+    }  # fmt: skip
+
+
+class Gradients(TrainerCallback):
+    """Those of the last step, which depend on all steps before it."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
+        self.last = _whole(model, lambda p: p.grad)
+
+
+def _whole(model: Any, part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """A part of each trained parameter."""
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    named = {name: part(p).detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in named.items()}
+
+
+def main(output: str, *cases: str) -> None:
+    torch.set_num_threads(1)
+    for case in cases:
+        engine, name = case.split(": ")
+        torch.save(run(name, f"{output}.run", engine), f"{output}.{case}.{os.environ['RANK']}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
