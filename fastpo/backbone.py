@@ -125,11 +125,34 @@ def install_stats_forward(model: Any) -> None:
 
 
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias (V,) of the output embedding, looked up anew because PEFT and FSDP replace it.
+    """Weight (V, D) and bias (V,) of the output embedding, for use within the model's own forward.
+
+    Looked up anew because PEFT and FSDP replace it. A head that FSDP2 shards apart from the model's root stays sharded,
+    as a DTensor, which the ops take as it is; one that ZeRO-3 has partitioned is gathered, in the backward too.
 
     Raises:
-        ValueError: the model has no separate backbone, no output embedding, LoRA on it, or ZeRO-3 shards of it.
+        ValueError: as `head_shape`.
     """
+    head = _output_embedding(lm)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    for parameter in (weight, bias):
+        if hasattr(parameter, "ds_id"):
+            _gather_with(lm, parameter)
+    return mean_gradient(weight), None if bias is None else mean_gradient(bias)
+
+
+def head_shape(lm: Any) -> tuple[int, int]:
+    """(V, D) of the output embedding, wherever its rows may be.
+
+    Raises:
+        ValueError: the model has no separate backbone, no output embedding, or LoRA on it.
+    """
+    weight = _output_embedding(lm).weight
+    rows, size = getattr(weight, "ds_shape", weight.shape)
+    return rows, size
+
+
+def _output_embedding(lm: Any) -> Any:
     if not hasattr(lm, "get_output_embeddings") or getattr(lm, "base_model", lm) is lm:
         raise ValueError(f"model must be a causal LM with a backbone below its head, got {type(lm).__name__}")
     head = lm.get_output_embeddings()
@@ -137,8 +160,16 @@ def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"model must have an output embedding, got {type(lm).__name__} without one")
     if hasattr(head, "base_layer"):
         raise ValueError("peft_config must not put LoRA on the LM head (use modules_to_save for it)")
-    weight, bias = head.weight, getattr(head, "bias", None)
-    return mean_gradient(weight), None if bias is None else mean_gradient(bias)
+    return head
+
+
+def _gather_with(lm: Any, parameter: Any) -> None:
+    """Have DeepSpeed gather a parameter for the forward and the backward of `lm`, which is running."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, register_external_parameter
+
+    register_external_parameter(lm, parameter)
+    if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:  # from the next forward on DeepSpeed sees to it
+        parameter.all_gather()
 
 
 def logit_options(config: Any) -> dict[str, Any]:

@@ -39,3 +39,22 @@ def add_adapter(model: Any, peft_config: Any, args: PreferenceTrainingArguments)
         # Checkpointed blocks of a frozen backbone have no gradient to follow unless their input asks for one.
         model.enable_input_require_grads()
     return get_peft_model(model, peft_config)
+
+
+def prepare_reference(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A reference model on the accelerator's device, sharded where the trained one is: FSDP2, DeepSpeed ZeRO-3."""
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, model)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None or plugin.zero_stage != 3:
+        return accelerator.prepare_model(model, evaluation_mode=True)
+    import deepspeed
+
+    # What the policy's engine fills in later ("auto") the reference's leaves to DeepSpeed.
+    zero = {name: value for name, value in plugin.deepspeed_config["zero_optimization"].items() if value != "auto"}
+    precision = {name: plugin.deepspeed_config[name] for name in ("bf16", "fp16") if name in plugin.deepspeed_config}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **precision}
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    return engine

@@ -19,7 +19,7 @@ from fastpo.backbone import (
     StatsOutput,
     Wanted,
     causal_lm,
-    head_parameters,
+    head_shape,
     install_stats_forward,
     model_stats,
     prompts_of,
@@ -27,7 +27,7 @@ from fastpo.backbone import (
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
 from fastpo.config import PreferenceConfig
 from fastpo.data import PreferenceCollator, tokenize_dataset
-from fastpo.loading import add_adapter, disable_dropout, load_models
+from fastpo.loading import add_adapter, disable_dropout, load_models, prepare_reference
 from fastpo.loss_inputs import check_reads_column
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
@@ -93,7 +93,7 @@ class PreferenceTrainer(Trainer):
         self.objective = add_heads(model, ref_model, args.preference_config, source)
         _check_optimizer(optimizers[0], model)
 
-        self.vocab_size = head_parameters(causal_lm(model))[0].shape[0]
+        self.vocab_size, _ = head_shape(causal_lm(model))
         _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
         if data_collator is None:
             pad = processing_class.pad_token_id
@@ -129,7 +129,7 @@ class PreferenceTrainer(Trainer):
         if self.ref_model is not None:
             install_stats_forward(self.ref_model)
             self.ref_model.requires_grad_(False)
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.ref_model = prepare_reference(self.ref_model, self.accelerator)
 
     @staticmethod
     def _tokenize(dataset: Dataset | None, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
@@ -273,7 +273,8 @@ class PreferenceTrainer(Trainer):
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference in evaluation mode: a second model, or the policy with its adapter disabled."""
         if self.ref_model is not None:
-            yield self.ref_model.eval()
+            self.ref_model.eval()  # an engine's returns None
+            yield self.ref_model
             return
         training = model.training
         model.eval()

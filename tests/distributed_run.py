@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +12,6 @@ from peft import LoraConfig
 from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from fastpo.kernels import sharded
@@ -30,8 +28,11 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"sft_weight": 0.5, "sft_reduction": "token", "length_normalization": True, "beta": 1.0},
     "ledpo": {"length_normalization": True, "beta": 1.0, **LEDPO},
 }
+ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
 ENGINES: dict[str, dict[str, Any]] = {
     "ddp": {},
+    "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}},
+    "zero3": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
     # Linear layers are units of their own, the LM head too: as nobody calls it, it stays sharded.
     "fsdp2 apart": {
@@ -41,8 +42,17 @@ ENGINES: dict[str, dict[str, Any]] = {
 PARTS = ("full", "lora", "lora head")
 
 
-def run(case: str, output_dir: Path | str, engine: str = "ddp", resume: bool = False, **fields: Any) -> dict[str, Any]:
-    """Train a case "objective, part"; what the steps gave and left, and how the model was held."""
+def save_models(folder: Path) -> None:
+    """The policy and the reference that `run` wants; loaded and not made there, because ZeRO-3 makes others."""
+    for name, seed in (("policy", 0), ("reference", 7)):
+        model = tiny_model(seed=seed)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20)  # an untrained head is so unsure that fp32 hardly tells its entropy from log V
+        model.save_pretrained(folder / name)
+
+
+def run(case: str, folder: Path, engine: str = "ddp", **fields: Any) -> dict[str, Any]:
+    """Train a case "objective, part" on what `save_models` left; what the steps gave, and how the model was held."""
     objective, part = case.split(", ")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     options = {
@@ -50,8 +60,9 @@ def run(case: str, output_dir: Path | str, engine: str = "ddp", resume: bool = F
         "per_device_train_batch_size": ROWS // processes, **OBJECTIVES[objective], **ENGINES[engine], **fields,
     }  # fmt: skip
     AcceleratorState._reset_state()
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # of an earlier case
-    args = tiny_args(output_dir, **options)
+    for name in ("FSDP", "DEEPSPEED"):
+        os.environ.pop(f"ACCELERATE_USE_{name}", None)  # of an earlier case
+    args = tiny_args(folder / "run", **options)
     if args.fsdp and args.world_size > 1:
         # accelerate takes the FSDP2 path for GPUs alone; nothing on that path needs one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -63,39 +74,49 @@ def run(case: str, output_dir: Path | str, engine: str = "ddp", resume: bool = F
             modules_to_save=["lm_head"] if part == "lora head" else None,
         )  # fmt: skip
     trainer = PreferenceTrainer(
-        tiny_model(), None if adapter else tiny_model(seed=7), args, train_dataset=tiny_pairs(ROWS),
+        str(folder / "policy"), None if adapter else str(folder / "reference"), args, train_dataset=tiny_pairs(ROWS),
         processing_class=tiny_tokenizer(), peft_config=adapter, callbacks=[gradients := Gradients()],
     )  # fmt: skip
     with mock.patch.object(sharded, "sharded_statistics", wraps=sharded.sharded_statistics) as sharded_head:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     means = {name: float(mean) for name, mean in trainer.running_means.items()}
     return {
-        "losses": losses, "means": means, "gradients": gradients.last, "weights": _whole(trainer.model, lambda p: p),
+        "losses": losses, "means": means, "gradients": gradients.last, "weights": {name: _whole(p) for name, p in _trained(trainer.model)},
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "sharded_head_calls": sharded_head.call_count,
     }  # fmt: skip
 
 
 class Gradients(TrainerCallback):
-    """Those of the last step, which depend on all steps before it."""
+    """Those of the last step, which depend on all steps before it; none of an engine that keeps them to itself."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Tensor] = {}
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        self.last = _whole(model, lambda p: p.grad)
+        self.last = {name: _whole(p.grad) for name, p in _trained(model) if p.grad is not None}
 
 
-def _whole(model: Any, part: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """A part of each trained parameter."""
-    model = model.module if isinstance(model, DistributedDataParallel) else model
-    named = {name: part(p).detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {name: x.full_tensor() if isinstance(x, DTensor) else x.clone() for name, x in named.items()}
+def _trained(model: Any) -> list[tuple[str, Tensor]]:
+    model = getattr(model, "module", model)  # DDP, DeepSpeed
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def main(output: str, *cases: str) -> None:
+def _whole(x: Tensor) -> Tensor:
+    if hasattr(x, "ds_id"):
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        with GatheredParameters([x]):
+            return x.detach().clone()
+    return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach().clone()
+
+
+def main(folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     for case in cases:
         engine, name = case.split(": ")
-        torch.save(run(name, f"{output}.run", engine), f"{output}.{case}.{os.environ['RANK']}")
+        torch.save(run(name, Path(folder), engine), f"{folder}/{case}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":
