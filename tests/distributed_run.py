@@ -51,7 +51,9 @@ def save_models(folder: Path) -> None:
         model.save_pretrained(folder / name)
 
 
-def run(case: str, folder: Path, engine: str = "ddp", **fields: Any) -> dict[str, Any]:
+def run(
+    case: str, folder: Path, engine: str = "ddp", resume_from: str | None = None, **fields: Any
+) -> dict[str, Any]:
     """Train a case "objective, part" on what `save_models` left; what the steps gave, and how the model was held."""
     objective, part = case.split(", ")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,7 +64,7 @@ def run(case: str, folder: Path, engine: str = "ddp", **fields: Any) -> dict[str
     AcceleratorState._reset_state()
     for name in ("FSDP", "DEEPSPEED"):
         os.environ.pop(f"ACCELERATE_USE_{name}", None)  # of an earlier case
-    args = tiny_args(folder / "run", **options)
+    args = tiny_args(**{"output_dir": folder / "run", **options})
     if args.fsdp and args.world_size > 1:
         # accelerate takes the FSDP2 path for GPUs alone; nothing on that path needs one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -78,7 +80,7 @@ def run(case: str, folder: Path, engine: str = "ddp", **fields: Any) -> dict[str
         processing_class=tiny_tokenizer(), peft_config=adapter, callbacks=[gradients := Gradients()],
     )  # fmt: skip
     with mock.patch.object(sharded, "sharded_statistics", wraps=sharded.sharded_statistics) as sharded_head:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume_from)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     means = {name: float(mean) for name, mean in trainer.running_means.items()}
     return {
@@ -112,11 +114,20 @@ def _whole(x: Tensor) -> Tensor:
     return x.detach().full_tensor() if isinstance(x, DTensor) else x.detach().clone()
 
 
+def run_and_resume(case: str, folder: Path, engine: str) -> dict[str, Any]:
+    """A run that leaves a checkpoint on its way, and one that goes on from there."""
+    output = folder / f"resumed {engine} {case}"
+    fields = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4, "output_dir": str(output)}
+    whole = run(case, folder, engine, save_strategy="steps", save_steps=2, **fields)
+    return {"whole": whole, "resumed": run(case, folder, engine, str(output / "checkpoint-2"), **fields)}
+
+
 def main(folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
     for case in cases:
         engine, name = case.split(": ")
-        torch.save(run(name, Path(folder), engine), f"{folder}/{case}.{os.environ['RANK']}")
+        runner = run_and_resume if name.endswith(", resumed") else run
+        torch.save(runner(name.removesuffix(", resumed"), Path(folder), engine), f"{folder}/{case}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":
