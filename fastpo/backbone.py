@@ -127,17 +127,15 @@ def install_stats_forward(model: Any) -> None:
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,) of the output embedding, for use within the model's own forward.
 
-    Looked up anew because PEFT and FSDP replace it. A head that FSDP2 shards apart from the model's root stays sharded,
-    as a DTensor, which the ops take as it is; one that ZeRO-3 has partitioned is gathered, in the backward too.
+    Looked up anew because PEFT and FSDP replace it, and because DeepSpeed gathers what ZeRO-3 has partitioned when it is
+    looked up there, and again for the backward. A head that FSDP2 shards apart from its neighbours stays sharded, as a
+    DTensor, which the ops take as it is.
 
     Raises:
         ValueError: as `head_shape`.
     """
     head = _output_embedding(lm)
     weight, bias = head.weight, getattr(head, "bias", None)
-    for parameter in (weight, bias):
-        if hasattr(parameter, "ds_id"):
-            _gather_with(lm, parameter)
     return mean_gradient(weight), None if bias is None else mean_gradient(bias)
 
 
@@ -161,15 +159,6 @@ def _output_embedding(lm: Any) -> Any:
     if hasattr(head, "base_layer"):
         raise ValueError("peft_config must not put LoRA on the LM head (use modules_to_save for it)")
     return head
-
-
-def _gather_with(lm: Any, parameter: Any) -> None:
-    """Have DeepSpeed gather a parameter for the forward and the backward of `lm`, which is running."""
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, register_external_parameter
-
-    register_external_parameter(lm, parameter)
-    if parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE:  # from the next forward on DeepSpeed sees to it
-        parameter.all_gather()
 
 
 def logit_options(config: Any) -> dict[str, Any]:

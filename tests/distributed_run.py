@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import sharded_head_cases
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig
@@ -27,19 +28,30 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft"},
     "dpo": {"sft_weight": 0.5, "sft_reduction": "token", "length_normalization": True, "beta": 1.0},
     "ledpo": {"length_normalization": True, "beta": 1.0, **LEDPO},
+    "heads unused": {"add_beta_head": True, "add_disco_head": True},
+    "heads in use": {"add_disco_head": True, "pref_loss_type": {"disco": 1.0, "sigmoid": 0.5}, **LEDPO},
+    "no heads": {},
 }
-ZERO = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "gradient_clipping": "auto"}
+AUTO: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto", "zero_allow_untested_optimizer": True,
+}  # fmt: skip
+# What is small stays whole otherwise, and everything here is small.
+ALL_OF_IT: dict[str, Any] = {
+    "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0, "stage3_gather_16bit_weights_on_model_save": True,
+}  # fmt: skip
 ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {},
-    "zero2": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}},
-    "zero3": {"deepspeed": {**ZERO, "zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True}},
+    # Without the search for unused parameters, DDP stops at the second step if a trained one had no gradient.
+    "ddp": {"ddp_find_unused_parameters": False},
+    "zero2": {"deepspeed": {**AUTO, "zero_optimization": {"stage": 2}}},
+    "zero3": {"deepspeed": {**AUTO, "zero_optimization": {"stage": 3, **ALL_OF_IT}}},
     "fsdp2": {"fsdp": True, "fsdp_config": {"version": 2}},
     # Linear layers are units of their own, the LM head too: as nobody calls it, it stays sharded.
     "fsdp2 apart": {
         "fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen3DecoderLayer", "Linear"]}
     },
 }  # fmt: skip
-PARTS = ("full", "lora", "lora head")
 
 
 def save_models(folder: Path) -> None:
@@ -68,7 +80,8 @@ def run(
     if args.fsdp and args.world_size > 1:
         # accelerate takes the FSDP2 path for GPUs alone; nothing on that path needs one.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    torch.manual_seed(100)
+    # DDP spreads what the first process draws.
+    torch.manual_seed(100 + (args.process_index if engine == "ddp" else 0))
     adapter = None
     if part != "full":
         adapter = LoraConfig(
@@ -124,10 +137,16 @@ def run_and_resume(case: str, folder: Path, engine: str) -> dict[str, Any]:
 
 def main(folder: str, *cases: str) -> None:
     torch.set_num_threads(1)
+    PartialState(cpu=True)  # starts the process group
     for case in cases:
-        engine, name = case.split(": ")
-        runner = run_and_resume if name.endswith(", resumed") else run
-        torch.save(runner(name.removesuffix(", resumed"), Path(folder), engine), f"{folder}/{case}.{os.environ['RANK']}")
+        engine, _, name = case.partition(": ")
+        if case == "vocab_parallel":
+            found = sharded_head_cases.evaluate_all()
+        elif name.endswith(", resumed"):
+            found = run_and_resume(name.removesuffix(", resumed"), Path(folder), engine)
+        else:
+            found = run(name, Path(folder), engine)
+        torch.save(found, f"{folder}/{case}.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":
