@@ -1,5 +1,7 @@
 """Models as the trainer wants them: loaded, without dropout, with an adapter."""
 
+import copy
+import dataclasses
 from typing import Any
 
 from torch import nn
@@ -39,6 +41,26 @@ def add_adapter(model: Any, peft_config: Any, args: PreferenceTrainingArguments)
         # Checkpointed blocks of a frozen backbone have no gradient to follow unless their input asks for one.
         model.enable_input_require_grads()
     return get_peft_model(model, peft_config)
+
+
+def keep_statistics_exact(accelerator: Any) -> None:
+    """Have FSDP2 leave alone what the model answers: its policy rounds outputs to 16 bits, here sums of log-probs."""
+    plugin = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 else None
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def copied_reference(model: Any) -> Any:
+    """A copy of a model as it is now, to be its reference.
+
+    Raises:
+        ValueError: the model is in parts.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "ref_model must be given, or a peft_config, with DeepSpeed ZeRO-3: a model in parts has no copy"
+        )
+    return copy.deepcopy(model)
 
 
 def prepare_reference(model: nn.Module, accelerator: Any) -> nn.Module:

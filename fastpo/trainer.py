@@ -1,7 +1,6 @@
 """`PreferenceTrainer`: transformers' Trainer with the loss computed from statistics, never from logits."""
 
 import contextlib
-import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -27,7 +26,14 @@ from fastpo.backbone import (
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
 from fastpo.config import PreferenceConfig
 from fastpo.data import PreferenceCollator, tokenize_dataset
-from fastpo.loading import add_adapter, disable_dropout, load_models, prepare_reference
+from fastpo.loading import (
+    add_adapter,
+    copied_reference,
+    disable_dropout,
+    keep_statistics_exact,
+    load_models,
+    prepare_reference,
+)
 from fastpo.loss_inputs import check_reads_column
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
@@ -112,7 +118,7 @@ class PreferenceTrainer(Trainer):
         reads_reference = self.uses_reference or any(_missing(self.prompt_features, names) for names in columns)
         if reads_reference and ref_model is None and not has_adapter:
             with without_heads(model):
-                ref_model = copy.deepcopy(model)
+                ref_model = copied_reference(model)
         self.ref_model = ref_model if reads_reference else None
         self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
@@ -122,6 +128,7 @@ class PreferenceTrainer(Trainer):
         )  # fmt: skip
         for callback in (EarlierLoss(self), Memory(self.accelerator), RunawayBeta(self)):
             self.add_callback(callback)
+        keep_statistics_exact(self.accelerator)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
@@ -276,10 +283,12 @@ class PreferenceTrainer(Trainer):
             self.ref_model.eval()  # an engine's returns None
             yield self.ref_model
             return
-        training = model.training
+        training, trained = model.training, [p for p in model.parameters() if p.requires_grad]
         model.eval()
         try:
             with self.accelerator.unwrap_model(model).disable_adapter():
+                for parameter in trained:  # PEFT froze the adapter, and FSDP2 sees at the first forward what trains
+                    parameter.requires_grad_(True)
                 yield model
         finally:
             model.train(training)

@@ -82,12 +82,14 @@ def sharded_statistics(
     check_values(targets, None, None, weight.shape[0], plan.ignore_index)  # a wrong label of one stops all
     values = _Sharded.apply(rows, local_weight, local_bias, targets, refs, plan, part)
     if own_rows:
-        values = [
-            x.new_zeros(labels.shape).masked_scatter(keep, x) for x in _OwnRows.apply(count, part.group, *values)
-        ]
+        values = [x.new_zeros(labels.shape).masked_scatter(keep, x) for x in _OwnRows.apply(count, part.group, *values)]
     found = dict(zip(_names(plan, refs), values, strict=True))
     if ends is not None:
-        sums = {name.replace("logps", "seq_logps").replace("entropy", "seq_entropy").replace("kl", "seq_kl"): x for name, x in found.items() if "lse" not in name}
+        sums = {
+            name.replace("logps", "seq_logps").replace("entropy", "seq_entropy").replace("kl", "seq_kl"): x
+            for name, x in found.items()
+            if "lse" not in name
+        }
         found |= {name: segment_sum(x, ends) for name, x in sums.items()}
     absent = found["logps"].new_empty(0)
     return Statistics(*(found.get(name, absent) for name in Statistics._fields))
@@ -195,7 +197,9 @@ def _combined(
     sums = torch.stack(parts)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
     found: dict[str, Tensor] = {}
-    for model, peak, (mass, moment, label) in zip(models, peaks, sums[: 3 * len(models)].unflatten(0, (-1, 3)), strict=True):
+    for model, peak, (mass, moment, label) in zip(
+        models, peaks, sums[: 3 * len(models)].unflatten(0, (-1, 3)), strict=True
+    ):
         log_mass = mass.log()
         found[model + "logps"], found[model + "entropy"] = label - log_mass, log_mass - moment / mass
         found[model + "lse"] = peak + log_mass
@@ -206,9 +210,7 @@ def _combined(
     return Statistics(*(found.get(name, none) for name in Statistics._fields))
 
 
-def _whole_unit(
-    below: Statistics, lse: Tensor, weight: Tensor, asked: Tensor, here: Tensor, plan: Plan
-) -> Tensor:
+def _whole_unit(below: Statistics, lse: Tensor, weight: Tensor, asked: Tensor, here: Tensor, plan: Plan) -> Tensor:
     """This slice's summand of d logp / d hidden (K, D), for the K rows that count, in place of the slice's own.
 
     The slice has at W[label] - E with E the mean of W under its softmax; the whole wants W[label] of the slice that

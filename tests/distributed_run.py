@@ -27,6 +27,7 @@ LEDPO: dict[str, Any] = {
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft"},
     "dpo": {"sft_weight": 0.5, "sft_reduction": "token", "length_normalization": True, "beta": 1.0},
+    "bf16": {"bf16": True, "length_normalization": True, "beta": 1.0},
     "ledpo": {"length_normalization": True, "beta": 1.0, **LEDPO},
     "heads unused": {"add_beta_head": True, "add_disco_head": True},
     "heads in use": {"add_disco_head": True, "pref_loss_type": {"disco": 1.0, "sigmoid": 0.5}, **LEDPO},
@@ -59,13 +60,13 @@ def save_models(folder: Path) -> None:
     for name, seed in (("policy", 0), ("reference", 7)):
         model = tiny_model(seed=seed)
         with torch.no_grad():
-            model.lm_head.weight.mul_(20)  # an untrained head is so unsure that fp32 hardly tells its entropy from log V
+            model.lm_head.weight.mul_(
+                20
+            )  # an untrained head is so unsure that fp32 hardly tells its entropy from log V
         model.save_pretrained(folder / name)
 
 
-def run(
-    case: str, folder: Path, engine: str = "ddp", resume_from: str | None = None, **fields: Any
-) -> dict[str, Any]:
+def run(case: str, folder: Path, engine: str = "ddp", resume_from: str | None = None, **fields: Any) -> dict[str, Any]:
     """Train a case "objective, part" on what `save_models` left; what the steps gave, and how the model was held."""
     objective, part = case.split(", ")
     processes = int(os.environ.get("WORLD_SIZE", "1"))

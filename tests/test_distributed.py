@@ -21,6 +21,7 @@ HEADS = [f"ddp: {objective}, full" for objective in ("no heads", "heads unused",
 RESUMED = ["fsdp2: ledpo, full, resumed", "fsdp2: ledpo, lora, resumed"]
 ON_TWO = [f"{engine}: {case}" for engine in ("ddp", "fsdp2", "fsdp2 apart") for case in GRID]
 ON_TWO.append("fsdp2: dpo, lora head")  # trained, and split
+IN_BF16 = ["fsdp2: bf16, lora", "fsdp2: bf16, full"]
 ON_FOUR = ["ddp: ledpo, full", "fsdp2: dpo, full", "fsdp2: ledpo, lora", "fsdp2 apart: sft, full"]
 ON_FOUR += ["fsdp2 apart: ledpo, full", "fsdp2: dpo, lora head"]
 WITH_DEEPSPEED = [f"{engine}: {case}" for engine in ("zero2", "zero3") for case in ("dpo, full", "ledpo, lora")]
@@ -48,7 +49,11 @@ def launched(folder: Path, processes: int, *cases: str, **environment: str) -> R
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(here / "distributed_run.py")]
     paths = {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(folder), *cases], env=os.environ | paths | environment, capture_output=True, text=True, check=False
+        [*command, str(folder), *cases],
+        env=os.environ | paths | environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return lambda case: [torch.load(f"{folder}/{case}.{process}") for process in range(processes)]
@@ -56,7 +61,7 @@ def launched(folder: Path, processes: int, *cases: str, **environment: str) -> R
 
 @pytest.fixture(scope="module")
 def two(folder: Path) -> Results:
-    return launched(folder, 2, "vocab_parallel", *ON_TWO, *HEADS, *RESUMED)
+    return launched(folder, 2, "vocab_parallel", *ON_TWO, *IN_BF16, *HEADS, *RESUMED)
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +131,13 @@ def test_two_processes_give_the_losses_and_gradients_of_one(case: str, two: Resu
         assert process["gradients"] and process["sharded"] == engine.startswith("fsdp2")
         # accelerate gathers the head of a full model beside its last norm, and shards that of an adapter's base apart.
         assert bool(process["sharded_head_calls"]) == (engine == "fsdp2 apart" or engine == "fsdp2" and "lora" in name)
+
+
+@pytest.mark.parametrize("case", IN_BF16)
+def test_bf16_does_not_round_the_statistics(case: str, two: Results, alone: Any) -> None:
+    for found in two(case):
+        assert found["losses"] == pytest.approx(alone(case.partition(": ")[2])["losses"], abs=2e-2)
+        assert not any(loss == torch.tensor(loss).bfloat16().item() for loss in found["losses"])
 
 
 @pytest.mark.parametrize("case", ON_FOUR)
