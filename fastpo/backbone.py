@@ -127,9 +127,9 @@ def install_stats_forward(model: Any) -> None:
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,) of the output embedding, for use within the model's own forward.
 
-    Looked up anew because PEFT and FSDP replace it, and because DeepSpeed gathers what ZeRO-3 has partitioned when it is
-    looked up there, and again for the backward. A head that FSDP2 shards apart from its neighbours stays sharded, as a
-    DTensor, which the ops take as it is.
+    Looked up anew because PEFT and FSDP replace it, and because that is when DeepSpeed gathers what ZeRO-3 has
+    partitioned; it does so again for the backward. A head that FSDP2 shards apart from its neighbours stays sharded, as
+    a DTensor, which the ops take as it is.
 
     Raises:
         ValueError: as `head_shape`.

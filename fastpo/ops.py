@@ -309,7 +309,7 @@ def _sharded(
             "a weight that is sharded over processes takes impl='fused' or 'chunked' and vocab_order=None, got "
             f"impl={plan.impl!r} and {'no' if order is None else 'a'} vocab_order"
         )
-    return sharded_statistics(hidden, weight, labels, bias, ref_hidden, ends, plan)
+    return sharded_statistics(hidden, cast(Any, weight), labels, bias, ref_hidden, ends, plan)
 
 
 @torch.no_grad()

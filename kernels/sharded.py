@@ -85,14 +85,18 @@ def sharded_statistics(
         values = [x.new_zeros(labels.shape).masked_scatter(keep, x) for x in _OwnRows.apply(count, part.group, *values)]
     found = dict(zip(_names(plan, refs), values, strict=True))
     if ends is not None:
-        sums = {
-            name.replace("logps", "seq_logps").replace("entropy", "seq_entropy").replace("kl", "seq_kl"): x
-            for name, x in found.items()
-            if "lse" not in name
-        }
-        found |= {name: segment_sum(x, ends) for name, x in sums.items()}
+        found |= {_SUM_OF[name]: segment_sum(x, ends) for name, x in found.items() if name in _SUM_OF}
     absent = found["logps"].new_empty(0)
     return Statistics(*(found.get(name, absent) for name in Statistics._fields))
+
+
+_SUM_OF = {
+    "logps": "seq_logps",
+    "entropy": "seq_entropy",
+    "kl": "seq_kl",
+    "ref_logps": "ref_seq_logps",
+    "ref_entropy": "ref_seq_entropy",
+}
 
 
 def _names(plan: Plan, ref_hidden: Tensor | None) -> list[str]:
@@ -158,6 +162,7 @@ class _Sharded(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, _, bias, *_ = ctx.saved_tensors
         needs = Needs(*ctx.needs_input_grad[:3])
+        found: tuple[Tensor | None, ...]
         upstream = dict.fromkeys(Statistics._fields) | dict(zip(ctx.names, grads, strict=True))
         if weight.shape[0]:
             found = statistics_gradients(Statistics(**cast(Any, upstream)), ctx.saved_tensors, needs, ctx.plan)

@@ -60,9 +60,8 @@ def save_models(folder: Path) -> None:
     for name, seed in (("policy", 0), ("reference", 7)):
         model = tiny_model(seed=seed)
         with torch.no_grad():
-            model.lm_head.weight.mul_(
-                20
-            )  # an untrained head is so unsure that fp32 hardly tells its entropy from log V
+            # An untrained head is so unsure that fp32 hardly tells its entropy from log V.
+            model.lm_head.weight.mul_(20)
         model.save_pretrained(folder / name)
 
 
@@ -98,7 +97,8 @@ def run(case: str, folder: Path, engine: str = "ddp", resume_from: str | None = 
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     means = {name: float(mean) for name, mean in trainer.running_means.items()}
     return {
-        "losses": losses, "means": means, "gradients": gradients.last, "weights": {name: _whole(p) for name, p in _trained(trainer.model)},
+        "losses": losses, "means": means, "gradients": gradients.last,
+        "weights": {name: _whole(p) for name, p in _trained(trainer.model)},
         "sharded": any(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "sharded_head_calls": sharded_head.call_count,
     }  # fmt: skip

@@ -11,10 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed_run import run, save_models
+from filelock import FileLock
 from sharded_head_cases import PROBLEMS, own_rows, tensors, truth
+from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from tolerance import assert_grads_close, assert_stats_close
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from fastpo import PreferenceTrainer, linear_logps, vocab_parallel_logps
 
 GRID = [f"{objective}, {part}" for objective in ("sft", "dpo", "ledpo") for part in ("full", "lora")]
 HEADS = [f"ddp: {objective}, full" for objective in ("no heads", "heads unused", "heads in use")]
@@ -30,50 +37,48 @@ Results = Callable[[str], list[Any]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("distributed")
-    save_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> Callable[[str], dict[str, Any]]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
     """A case on one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    save_models(folder)
     return cache(lambda case: run(case, folder))
 
 
-def launched(folder: Path, processes: int, *cases: str, **environment: str) -> Results:
-    """All cases in one start; what a case gave in each process."""
-    here = Path(__file__).parent
+def launched(
+    tmp_path_factory: pytest.TempPathFactory, name: str, processes: int, *cases: str, **environment: str
+) -> Results:
+    """All cases in one start, whichever worker of pytest asks first; what a case gave in each process."""
+    here, base = Path(__file__).parent, tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(here / "distributed_run.py")]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(here / "distributed_run.py"), str(folder)]
     paths = {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder), *cases],
-        env=os.environ | paths | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda case: [torch.load(f"{folder}/{case}.{process}") for process in range(processes)]
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            save_models(folder)
+            done = subprocess.run(
+                [*command, *cases], env=os.environ | paths | environment, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+            (folder / "done").touch()
+    return lambda case: [torch.load(folder / f"{case}.{process}") for process in range(processes)]
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> Results:
-    return launched(folder, 2, "vocab_parallel", *ON_TWO, *IN_BF16, *HEADS, *RESUMED)
+def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return launched(tmp_path_factory, "two", 2, "vocab_parallel", *ON_TWO, *IN_BF16, *HEADS, *RESUMED)
 
 
 @pytest.fixture(scope="module")
-def four(folder: Path) -> Results:
-    return launched(folder, 4, "vocab_parallel", *ON_FOUR)
+def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return launched(tmp_path_factory, "four", 4, "vocab_parallel", *ON_FOUR)
 
 
 @pytest.fixture(scope="module")
-def deepspeed(folder: Path) -> Results:
+def deepspeed(tmp_path_factory: pytest.TempPathFactory) -> Results:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    return launched(folder, 2, *WITH_DEEPSPEED, DS_ACCELERATOR="cpu")
+    return launched(tmp_path_factory, "deepspeed", 2, *WITH_DEEPSPEED, DS_ACCELERATOR="cpu")
 
 
 # --- the head that is split over processes ----------------------------------------------------------------------------
@@ -104,6 +109,28 @@ def test_the_gradient_of_a_head_that_fsdp_shards_is_the_mean_of_the_processes(fo
         assert_grads_close("d_weight", found["mean"]["d_weight"], expected, rtol=1e-5)
 
 
+def test_a_split_that_is_none_is_refused(tmp_path: Path) -> None:
+    hidden, weight, labels = torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        vocab_parallel_logps(hidden, weight, labels)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"weight must have shape \(V_p, D\), got \(4,\)"):
+            vocab_parallel_logps(hidden, weight[:, 0], labels)
+        with pytest.raises(ValueError, match=r"bias must have shape \(4,\), got \(5,\)"):
+            vocab_parallel_logps(hidden, weight, labels, torch.ones(5))
+        with pytest.raises(ValueError, match="impl='reference'"):
+            vocab_parallel_logps(hidden, weight, labels, impl="reference")
+        mesh = init_device_mesh("cpu", (1,))
+        with pytest.raises(ValueError, match=r"sharded by rows over one dimension of its mesh, got.*Shard\(dim=1\)"):
+            linear_logps(hidden, distribute_tensor(weight, mesh, [Shard(1)]), labels)
+        with pytest.raises(ValueError, match=r"bias must be sharded as weight, .* got Tensor"):
+            linear_logps(hidden, distribute_tensor(weight, mesh, [Shard(0)]), labels, torch.ones(4))
+    finally:
+        dist.destroy_process_group()
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -130,7 +157,8 @@ def test_two_processes_give_the_losses_and_gradients_of_one(case: str, two: Resu
     for process in found:
         assert process["gradients"] and process["sharded"] == engine.startswith("fsdp2")
         # accelerate gathers the head of a full model beside its last norm, and shards that of an adapter's base apart.
-        assert bool(process["sharded_head_calls"]) == (engine == "fsdp2 apart" or engine == "fsdp2" and "lora" in name)
+        apart = {"ddp": False, "fsdp2": "lora" in name, "fsdp2 apart": True}[engine]
+        assert bool(process["sharded_head_calls"]) == apart
 
 
 @pytest.mark.parametrize("case", IN_BF16)
@@ -148,6 +176,15 @@ def test_four_processes_give_the_losses_and_gradients_of_one(case: str, four: Re
 @pytest.mark.parametrize("case", [case for case in WITH_DEEPSPEED if not case.endswith("resumed")])
 def test_deepspeed_gives_the_losses_and_weights_of_one_process(case: str, deepspeed: Results, alone: Any) -> None:
     assert_same_run(alone(case.partition(": ")[2]), deepspeed(case))
+
+
+def test_a_model_in_parts_is_no_reference(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.lm_head.weight.ds_id = 0  # ZeRO-3's mark
+    with pytest.raises(ValueError, match="ref_model must be given, or a peft_config, with DeepSpeed ZeRO-3"):
+        PreferenceTrainer(
+            model, args=tiny_args(tmp_path), train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer()
+        )
 
 
 def test_heads_are_the_first_process_s_everywhere_and_all_of_them_train(two: Results) -> None:

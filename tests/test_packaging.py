@@ -119,6 +119,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.reference": (set(), {"torch"}),
     "fastpo.kernels": ({"fastpo.kernels"}, {"torch", "triton"}),
     "fastpo.ops": ({"fastpo.kernels", "fastpo.reference", "fastpo.types"}, {"torch"}),
+    "fastpo.vocab_parallel": ({"fastpo.ops", "fastpo.types"}, {"torch"}),
     "fastpo.scores": ({"fastpo.config", "fastpo.links", "fastpo.ops", "fastpo.types"}, {"torch"}),
     "fastpo.loss_inputs": ({"fastpo.config", "fastpo.links", "fastpo.scores", "fastpo.types"}, {"torch"}),
     "fastpo.losses": (
