@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -21,19 +22,15 @@ class SharedMeans(RunningMeans):
     all processes have as many rows. Setting is a collective call.
     """
 
-    def __init__(self, accelerator: Any, means: RunningMeans) -> None:
-        super().__init__(means)
-        self.accelerator = accelerator
-
     def __setitem__(self, name: str, mean: Tensor) -> None:
-        super().__setitem__(name, self.accelerator.reduce(mean, "mean"))
+        super().__setitem__(name, reduce(mean, "mean"))
 
 
 class Memory(TrainerCallback, ExportableState):
     """Holds the objective's running means, and keeps them in checkpoints."""
 
-    def __init__(self, accelerator: Any) -> None:
-        self.means = SharedMeans(accelerator, {})
+    def __init__(self) -> None:
+        self.means = SharedMeans()
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"means": {name: float(mean) for name, mean in self.means.items()}}}
@@ -41,7 +38,7 @@ class Memory(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         means = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved["attributes"]["means"].items()}
-        self.means = SharedMeans(self.means.accelerator, means)
+        self.means = SharedMeans(means)
 
 
 class RunawayBeta(TrainerCallback):

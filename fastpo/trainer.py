@@ -126,7 +126,7 @@ class PreferenceTrainer(Trainer):
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        for callback in (EarlierLoss(self), Memory(self.accelerator), RunawayBeta(self)):
+        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self)):
             self.add_callback(callback)
         keep_statistics_exact(self.accelerator)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
