@@ -18,6 +18,7 @@ from fastpo.types import (
     StepTotals,
     TokenStats,
 )
+from fastpo.vocab_parallel import vocab_parallel_logps, vocab_parallel_sequence_stats
 
 if TYPE_CHECKING:
     from fastpo.architecture import load_heads
@@ -59,6 +60,8 @@ __all__ = [
     "preference_loss",
     "regularizer_loss",
     "reward_model_loss",
+    "vocab_parallel_logps",
+    "vocab_parallel_sequence_stats",
 ]
 
 

@@ -24,11 +24,13 @@ def adapters_disabled(lm: nn.Module) -> Iterator[None]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers = [layer for layer in lm.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    training = lm.training
+    training, trained = lm.training, [p for p in lm.parameters() if p.requires_grad]
     lm.eval()
     try:
         for layer in layers:
             layer.enable_adapters(False)
+        for parameter in trained:  # PEFT has frozen the adapter, and FSDP2 sees at the first forward what trains
+            parameter.requires_grad_(True)
         with torch.no_grad():
             yield
     finally:

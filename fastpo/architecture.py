@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastpo.backbone import causal_lm, head_parameters
+from fastpo.backbone import causal_lm, head_shape
 from fastpo.config import PreferenceConfig
 from fastpo.heads import BetaHead, DiscoHead, Head
 
@@ -58,7 +58,7 @@ def load_heads(model: Any, name_or_path: str | Path) -> dict[str, Any]:
 def attach_head(model: Any, head: Head) -> None:
     """Make a head part of a model, which from then on saves it beside itself."""
     lm = causal_lm(model)
-    setattr(lm, head.name, head.to(head_parameters(lm)[0].device))
+    setattr(lm, head.name, head.to(lm.get_output_embeddings().weight.device))
     _save_heads_with(model)
 
 
@@ -98,7 +98,7 @@ def add_heads(model: Any, reference: Any, config: PreferenceConfig, source: str 
         # A hub is asked only for a head that shall exist.
         asked = attached is None and bool(source) and (exist[name] or Path(str(source)).is_dir())
         saved = asked and kind.is_saved(str(source))
-        size = head_parameters(causal_lm(read[name]))[0].shape[1]
+        _, size = head_shape(causal_lm(read[name]))
         if saved and exist[name]:
             attach_head(model, kind.from_pretrained(str(source)))
         elif saved:

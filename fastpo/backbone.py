@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn, segment_reduce
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
@@ -23,6 +22,7 @@ from fastpo.attention import PACKS_BY_POSITION, SDPA_PATHS
 from fastpo.layout import IGNORED, Rows, positions, prompts, responses, shared_lengths, sides
 from fastpo.ops import joint_linear_sequence_stats, linear_logps, linear_sequence_stats
 from fastpo.types import AnySequenceStats, ExtendedSequenceStats, SequenceStats
+from fastpo.vocab_parallel import mean_gradient
 
 # A batch's fields that a model reads.
 TOKENS = ("input_ids", "attention_mask", "completion_mask", "paths")
@@ -145,13 +145,35 @@ def install_stats_forward(model: Any) -> None:
 
 
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias (V,) of the output embedding, looked up anew because PEFT and FSDP replace it.
+    """Weight (V, D) and bias (V,) of the output embedding, for use within the model's own forward.
+
+    Looked up anew because PEFT and FSDP replace it, and because that is when DeepSpeed gathers what ZeRO-3 has
+    partitioned; it does so again for the backward. A head that FSDP2 shards apart from its neighbours stays sharded, as
+    a DTensor, which the ops take as it is.
 
     What LoRA adds to them is not in them: see `fastpo.adapters.head_lora`.
 
     Raises:
-        ValueError: the model has no separate backbone, no output embedding, a quantised one, or ZeRO-3 shards of it.
+        ValueError: as `head_shape`.
     """
+    head = _output_embedding(lm)
+    weight, bias = head.weight, getattr(head, "bias", None)
+    return mean_gradient(weight), None if bias is None else mean_gradient(bias)
+
+
+def head_shape(lm: Any) -> tuple[int, int]:
+    """(V, D) of the output embedding, wherever its rows may be.
+
+    Raises:
+        ValueError: the model has no separate backbone, no output embedding, a quantised one, or on it an adapter that
+            is not plain LoRA.
+    """
+    weight = _output_embedding(lm).weight
+    rows, size = getattr(weight, "ds_shape", weight.shape)
+    return rows, size
+
+
+def _output_embedding(lm: Any) -> Any:
     if not hasattr(lm, "get_output_embeddings") or getattr(lm, "base_model", lm) is lm:
         raise ValueError(f"model must be a causal LM with a backbone below its head, got {type(lm).__name__}")
     head = lm.get_output_embeddings()
@@ -160,18 +182,9 @@ def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(head, "base_layer") and not hasattr(head, "lora_A"):
         raise ValueError(f"peft_config must put LoRA or modules_to_save on the LM head, got {type(head).__name__}")
     check_head_lora(head)
-    weight, bias = head.weight, getattr(head, "bias", None)
-    if isinstance(weight, DTensor) and weight.requires_grad:
-        raise ValueError("an LM head that is trained and sharded apart (FSDP2) is not supported in this version")
-    if hasattr(weight, "ds_id"):
-        raise ValueError("DeepSpeed ZeRO-3 shards of the LM head are not supported in this version; use ZeRO-2")
-    if not weight.is_floating_point():
-        raise ValueError(f"the LM head must not be quantised, got a weight of {weight.dtype}")
-    return _whole(weight), None if bias is None else _whole(bias)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if not head.weight.is_floating_point():
+        raise ValueError(f"the LM head must not be quantised, got a weight of {head.weight.dtype}")
+    return head
 
 
 def logit_options(config: Any) -> dict[str, Any]:

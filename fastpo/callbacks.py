@@ -5,6 +5,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -14,21 +15,30 @@ from fastpo.schedules import RunningMeans
 logger = logging.getLogger(__name__)
 
 
+class SharedMeans(RunningMeans):
+    """Running means that are the same on every process: what is set on each becomes the mean of all.
+
+    A running mean of means is the mean of running means, so these are one process's means over the whole batch where
+    all processes have as many rows. Setting is a collective call.
+    """
+
+    def __setitem__(self, name: str, mean: Tensor) -> None:
+        super().__setitem__(name, reduce(mean, "mean"))
+
+
 class Memory(TrainerCallback, ExportableState):
-    """Holds the objective's running means, and keeps them in checkpoints. Each process has its own; those of the first
-    are kept."""
+    """Holds the objective's running means, and keeps them in checkpoints."""
 
     def __init__(self) -> None:
-        self.means: RunningMeans = {}
+        self.means = SharedMeans()
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"means": {name: float(mean) for name, mean in self.means.items()}}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.means = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in saved["attributes"]["means"].items()
-        }
+        means = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved["attributes"]["means"].items()}
+        self.means = SharedMeans(means)
 
 
 class RunawayBeta(TrainerCallback):

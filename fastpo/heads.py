@@ -75,7 +75,7 @@ class Head(nn.Module):
 
         file = self._file(name_or_path, f"{self.name}.safetensors")
         try:
-            self.load_state_dict(load_file(file))
+            self.load_state_dict(_sharded_as(self.state_dict(), load_file(file)))
         except (RuntimeError, SafetensorError) as error:
             raise ValueError(f"{file} does not fit this {self.name}: {error}") from None
 
@@ -101,6 +101,20 @@ class Head(nn.Module):
             with contextlib.suppress(EntryNotFoundError, HFValidationError, RepositoryNotFoundError):
                 return Path(hf_hub_download(name_or_path, file))
         raise ValueError(f"{str(name_or_path)!r} must hold a saved {cls.name}: no {file}")
+
+
+def _sharded_as(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that every process has read, those of parameters that FSDP2 shards as such shards."""
+    return {
+        key: value if not hasattr(own.get(key), "device_mesh") else _shard(value, own[key])
+        for key, value in weights.items()
+    }
+
+
+def _shard(value: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 class BetaHead(Head):

@@ -265,16 +265,36 @@ def _statistics(
         torch.autocast(hidden.device.type, enabled=False),
         torch.set_grad_enabled(torch.is_grad_enabled() and mode != "no_grad"),
     ):
-        if impl == "reference":
+        if hasattr(weight, "device_mesh"):  # a DTensor, whose module takes a second to import
+            stats = _sharded(operands, labels.reshape(-1), ends, order, _plan(options, transform, impl, mode, kl))
+        elif impl == "reference":
             stats = _reference_statistics(operands, labels.reshape(-1), ends, transform, options.ignore_index, kl)
         else:
-            plan = Plan(
-                *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
-                static=torch.compiler.is_compiling(),
-            )  # fmt: skip
-            stats = linear_statistics(operands, labels.reshape(-1), ends, order, plan)
+            stats = linear_statistics(
+                operands, labels.reshape(-1), ends, order, _plan(options, transform, impl, mode, kl)
+            )
     constants = {name: getattr(stats, name).detach() for name in Statistics._fields if name.startswith("ref_")}
     return stats._replace(**constants)
+
+
+def _plan(options: Options, transform: LogitTransform, impl: Impl, mode: Mode, kl: bool) -> Plan:
+    return Plan(
+        *transform, options.ignore_index, impl, mode, options.memory_budget or 0, float(options.skip_mass), kl,
+        static=torch.compiler.is_compiling(),
+    )  # fmt: skip
+
+
+def _sharded(operands: Operands, labels: Tensor, ends: Tensor | None, order: Tensor | None, plan: Plan) -> Statistics:
+    """Under a head that is split over processes; see `fastpo.vocab_parallel`."""
+    from fastpo.kernels.sharded import sharded_statistics
+
+    if plan.impl == "reference" or order is not None or operands.lora_b is not None:
+        raise ValueError(
+            "a weight that is sharded over processes takes impl='fused' or 'chunked', and neither lora nor "
+            f"vocab_order, got impl={plan.impl!r}{', a lora' * (operands.lora_b is not None)}"
+            f"{', a vocab_order' * (order is not None)}"
+        )
+    return sharded_statistics(operands, labels, ends, plan)
 
 
 @torch.no_grad()

@@ -67,7 +67,8 @@ class Reference:
         wanted = Wanted(shared_logps=lacking.pairs, prompt=lacking.features, prompt_rows=count)
         rows = batch if lacking.pairs else prompts_alone(batch, count)
         if self.model is not None:
-            return model_stats(self.model.eval(), rows, wanted)
+            self.model.eval()  # an engine's returns None
+            return model_stats(self.model, rows, wanted)
         self.check_adapter(unwrapped, lacking)
         with adapters_disabled(causal_lm(unwrapped)):
             return model_stats(policy, rows, wanted)

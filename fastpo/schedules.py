@@ -76,4 +76,4 @@ def running_mean(state: RunningMeans | None, name: str, value: Tensor, decay: fl
     if name in state:
         value = decay * state[name].to(value) + (1 - decay) * value
     state[name] = value
-    return value
+    return state[name]  # a state of several processes keeps their mean

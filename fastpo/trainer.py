@@ -1,6 +1,5 @@
 """`PreferenceTrainer`: transformers' Trainer with the loss computed from statistics, never from logits."""
 
-import copy
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,19 @@ from fastpo.adapters import add_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
-from fastpo.backbone import Wanted, causal_lm, head_parameters, install_stats_forward, model_stats
+from fastpo.backbone import Wanted, causal_lm, head_shape, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
 from fastpo.checkpoints import AtomicTrainer
 from fastpo.collation import PreferenceCollator
 from fastpo.data import tokenize_dataset
 from fastpo.layout import completion_tokens
-from fastpo.loading import disable_dropout, load_models
+from fastpo.loading import (
+    copied_reference,
+    disable_dropout,
+    keep_statistics_exact,
+    load_models,
+    prepare_reference,
+)
 from fastpo.loss_inputs import check_reads_column
 from fastpo.nonfinite import StepGuard, check_loss
 from fastpo.reference_cache import cache_key, with_reference_columns
@@ -95,7 +100,7 @@ class PreferenceTrainer(AtomicTrainer):
         self.objective = add_heads(model, ref_model, args.preference_config, source)
         _check_optimizer(optimizers[0], model)
 
-        self.vocab_size = head_parameters(causal_lm(model))[0].shape[0]
+        self.vocab_size, _ = head_shape(causal_lm(model))
         _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
         if data_collator is None:
             pad = processing_class.pad_token_id
@@ -116,7 +121,7 @@ class PreferenceTrainer(AtomicTrainer):
         if any(self.reference.lacking(names) for names in columns):
             if ref_model is None and not has_adapter and not args.precompute_ref_log_probs:
                 with without_heads(model):
-                    ref_model = copy.deepcopy(model)
+                    ref_model = copied_reference(model)
             self.reference.model = ref_model
         self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
@@ -129,6 +134,7 @@ class PreferenceTrainer(AtomicTrainer):
         self._guard = StepGuard(self, args.skip_nonfinite_steps)
         for callback in (EarlierLoss(self), Memory(), RunawayBeta(self), self._guard):
             self.add_callback(callback)
+        keep_statistics_exact(self.accelerator)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
@@ -138,7 +144,7 @@ class PreferenceTrainer(AtomicTrainer):
         if self.ref_model is not None:
             install_stats_forward(self.ref_model)
             self.ref_model.requires_grad_(False)
-            self.reference.model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.reference.model = prepare_reference(self.ref_model, self.accelerator)
 
     @property
     def ref_model(self) -> Any:

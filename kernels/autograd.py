@@ -5,7 +5,7 @@ is an op of its own, without a gradient: statistics are differentiable once.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -346,24 +346,39 @@ def _parse(args: tuple[Any, ...]) -> tuple[Operands, tuple[Any, ...]]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     operands, (labels, ends, order, *plan) = _parse(inputs)
-    stats = Statistics(*output)
+    ctx.save_for_backward(*operands, labels, ends, order, *for_backward(Statistics(*output)))
+    ctx.plan = Plan(*plan)
+
+
+def for_backward(stats: Statistics) -> tuple[Tensor, ...]:
+    """Of what the op returns, what its backward reads, in the backward's order."""
     saved = (stats.logps, stats.entropy, stats.kl, stats.ref_logps, stats.ref_entropy, stats.lse, stats.ref_lse)
-    kept = (stats.unit, stats.stash, stats.stash_peak, stats.keep)
-    ctx.save_for_backward(*operands, labels, ends, order, *saved, *kept)
-    ctx.plan = plan
+    return *saved, stats.unit, stats.stash, stats.stash_peak, stats.keep
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def statistics_gradients(
+    upstream: Statistics, saved: Sequence[Tensor | None], needs: Needs, plan: Plan
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs, in the order of `Needs`; None where not needed.
+
+    Args:
+        upstream: gradients of the policy's statistics, None where none arrived.
+        saved: `Operands`, labels, ends, order, then `for_backward`.
+        needs, plan: see there.
+    """
     refuse_double_backward()
-    needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
-    upstream = Statistics(*cast(Any, grads))  # None where nothing arrived
-    operands, rest = _parse(ctx.saved_tensors)
+    operands, rest = _parse(tuple(saved))
     out = _linear_statistics_backward(
         *operands, *needs, *rest,
         *(upstream.logps, upstream.entropy, upstream.kl, upstream.seq_logps, upstream.seq_entropy, upstream.seq_kl),
-        *ctx.plan,
+        *plan,
     )  # fmt: skip
-    wanted = [x if is_wanted else None for x, is_wanted in zip(out, needs, strict=True)]
+    return tuple(x if wanted else None for x, wanted in zip(out, needs, strict=True))
+
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    needs = Needs(*ctx.needs_input_grad[: len(Needs._fields)])
+    wanted = statistics_gradients(Statistics(*cast(Any, grads)), ctx.saved_tensors, needs, ctx.plan)
     return *wanted, *[None] * (len(ctx.needs_input_grad) - len(wanted))
 
 

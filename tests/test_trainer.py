@@ -1,8 +1,4 @@
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,40 +154,6 @@ def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path, stag
     uneven = moved_by(tmp_path, stage=stage, per_device_train_batch_size=3, gradient_accumulation_steps=3)
     assert_same_gradients(large, small)
     assert_same_gradients(large, uneven)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, dict[str, Tensor]]]]:
-    """All cases of ddp_step in one start of two processes; what a case left in each of them."""
-    output, here = tmp_path_factory.mktemp("ddp") / "moved", Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(here / "ddp_step.py"), str(output)]
-    environment = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return lambda case: [torch.load(f"{output}.{case}.{process}") for process in range(2)]
-
-
-@pytest.mark.parametrize("stage", ["dpo", "sft"])
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path, two_processes: Any, stage: str) -> None:
-    assert_same_gradients(
-        moved_by(tmp_path, stage=stage, per_device_train_batch_size=8), two_processes(stage)[0]["moved"]
-    )
-
-
-def test_two_processes_have_the_same_heads(tmp_path: Path, two_processes: Any) -> None:
-    first, second = two_processes("heads in use")
-    assert all(torch.equal(p, second["after"][name]) for name, p in first["after"].items())
-    # The first process's heads were everybody's from the start, and all of their layers have moved.
-    for name, step in first["moved"].items():
-        assert "head" not in name or step.abs().sum() > 0, name
-
-
-def test_unused_heads_of_two_processes_change_nothing(tmp_path: Path, two_processes: Any) -> None:
-    plain, heads = two_processes("no heads")[0]["moved"], two_processes("heads unused")
-    assert not any(step.any() for name, step in heads[0]["moved"].items() if name.startswith(("beta_", "disco_")))
-    for process in heads:
-        assert all(torch.equal(process["moved"][name], step) for name, step in plain.items())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path: Path) -> None:
