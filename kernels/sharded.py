@@ -157,7 +157,8 @@ class _Sharded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *_ = ctx.saved_tensors
-        needs = Needs(*ctx.needs_input_grad[:3], *(False, False))
+        needs_hidden, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        needs = Needs(needs_hidden, needs_weight, needs_bias, projected=False, lora_b=False)
         found: tuple[Tensor | None, ...]
         upstream = dict.fromkeys(Statistics._fields) | dict(zip(ctx.names, grads, strict=True))
         if weight.shape[0]:
