@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from fastpo import reference_cache
 from fastpo.kernels import sharded
 from fastpo.trainer import PreferenceTrainer
 
@@ -27,6 +28,15 @@ LEDPO: dict[str, Any] = {
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft"},
     "dpo": {"sft_weight": 0.5, "sft_reduction": "token", "length_normalization": True, "beta": 1.0},
+    "cached": {"precompute_ref_log_probs": True, "length_normalization": True, "beta": 1.0, **LEDPO},
+    "split": {
+        "split_responses": True,
+        "gradient_checkpointing": True,
+        "length_normalization": True,
+        "beta": 1.0,
+        **LEDPO,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
     "bf16": {"bf16": True, "length_normalization": True, "beta": 1.0},
     "ledpo": {"length_normalization": True, "beta": 1.0, **LEDPO},
     "heads unused": {"add_beta_head": True, "add_disco_head": True},
@@ -92,6 +102,7 @@ def run(case: str, folder: Path, engine: str = "ddp", resume_from: str | None = 
         str(folder / "policy"), None if adapter else str(folder / "reference"), args, train_dataset=tiny_pairs(ROWS),
         processing_class=tiny_tokenizer(), peft_config=adapter, callbacks=[gradients := Gradients()],
     )  # fmt: skip
+    assert ("precompute_ref_log_probs" in options) == ("ref_chosen_logps" in trainer.train_dataset.column_names)
     with mock.patch.object(sharded, "sharded_statistics", wraps=sharded.sharded_statistics) as sharded_head:
         trainer.train(resume_from_checkpoint=resume_from)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -137,6 +148,7 @@ def run_and_resume(case: str, folder: Path, engine: str) -> dict[str, Any]:
 
 
 def main(folder: str, *cases: str) -> None:
+    reference_cache.SHARD_ROWS = 2  # so that every process has some to make
     torch.set_num_threads(1)
     PartialState(cpu=True)  # starts the process group
     for case in cases:

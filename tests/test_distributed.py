@@ -28,6 +28,7 @@ HEADS = [f"ddp: {objective}, full" for objective in ("no heads", "heads unused",
 RESUMED = ["fsdp2: ledpo, full, resumed", "fsdp2: ledpo, lora, resumed"]
 ON_TWO = [f"{engine}: {case}" for engine in ("ddp", "fsdp2", "fsdp2 apart") for case in GRID]
 ON_TWO.append("fsdp2: dpo, lora head")  # trained, and split
+MEMORY = ["ddp: cached, full", "fsdp2: cached, lora", "ddp: split, lora", "fsdp2: split, full"]
 IN_BF16 = ["fsdp2: bf16, lora", "fsdp2: bf16, full"]
 ON_FOUR = ["ddp: ledpo, full", "fsdp2: dpo, full", "fsdp2: ledpo, lora", "fsdp2 apart: sft, full"]
 ON_FOUR += ["fsdp2 apart: ledpo, full", "fsdp2: dpo, lora head"]
@@ -66,7 +67,7 @@ def launched(
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return launched(tmp_path_factory, "two", 2, "vocab_parallel", *ON_TWO, *IN_BF16, *HEADS, *RESUMED)
+    return launched(tmp_path_factory, "two", 2, "vocab_parallel", *ON_TWO, *MEMORY, *IN_BF16, *HEADS, *RESUMED)
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,11 @@ def test_two_processes_give_the_losses_and_gradients_of_one(case: str, two: Resu
         # accelerate gathers the head of a full model beside its last norm, and shards that of an adapter's base apart.
         apart = {"ddp": False, "fsdp2": "lora" in name, "fsdp2 apart": True}[engine]
         assert bool(process["sharded_head_calls"]) == apart
+
+
+@pytest.mark.parametrize("case", MEMORY)
+def test_memory_savers_give_them_too(case: str, two: Results, alone: Any) -> None:
+    assert_same_run(alone(case.partition(": ")[2]), two(case))
 
 
 @pytest.mark.parametrize("case", IN_BF16)
