@@ -158,7 +158,14 @@ def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     """
     head = _output_embedding(lm)
     weight, bias = head.weight, getattr(head, "bias", None)
-    return mean_gradient(weight), None if bias is None else mean_gradient(bias)
+    return _head_part(weight), None if bias is None else _head_part(bias)
+
+
+def _head_part(parameter: Any) -> Tensor:
+    replicated = hasattr(parameter, "device_mesh") and all(x.is_replicate() for x in parameter.placements)
+    if replicated and not parameter.requires_grad:
+        return parameter.to_local()
+    return mean_gradient(parameter)
 
 
 def head_shape(lm: Any) -> tuple[int, int]:

@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
 from fastpo.schedules import RunningMeans
 from fastpo.types import LossOutput
@@ -35,7 +34,7 @@ def check_loss(output: LossOutput, index: Tensor, step: int) -> None:
         raise FloatingPointError(f"{_bad_loss(rows, values, step)}. {ADVICE}")
 
 
-class StepGuard(TrainerCallback, ExportableState):
+class StepGuard(TrainerCallback):
     """Judges each optimiser step between its last backward pass and the step of the optimizer.
 
     A loss that is not finite is made NaN in all it is differentiated by. Then the norm of the gradients, which is the
@@ -50,12 +49,10 @@ class StepGuard(TrainerCallback, ExportableState):
         self._means: RunningMeans = {}
         self._loss = torch.tensor(0.0)
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"skipped_steps": self.skipped_steps}}
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.skipped_steps = saved["attributes"]["skipped_steps"]
+        # Of a resumed run: what was logged when the checkpoint was saved.
+        logged = (row["skipped_steps"] for row in reversed(state.log_history) if "skipped_steps" in row)
+        self.skipped_steps = next(logged, 0)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._seen, self._means = [], dict(self.trainer.running_means)
