@@ -1,11 +1,17 @@
 """PEFT adapters: added, switched off for the reference, and read where they sit on the LM head."""
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Ways to start LoRA (`init_lora_weights`) that take what the adapter starts with out of the weights.
+MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> Any:
@@ -17,25 +23,70 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> A
     return get_peft_model(model, peft_config)
 
 
+def check_adapter(model: Any, *, is_reference: bool, always: bool) -> None:
+    """Refuse adapters that are no part of the layers, or that change a model which is to be the reference without them.
+
+    Args:
+        is_reference: the model without its adapter is the reference.
+        always: and not only before training.
+
+    Raises:
+        ValueError: prompt learning; an initialisation that moves a part of the weights into the adapter.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        start = getattr(config, "init_lora_weights", None)
+        if config.is_prompt_learning:
+            raise ValueError(f"peft_config must adapt layers, got {config.peft_type.value}, which adds virtual tokens")
+        if is_reference and isinstance(start, str) and start.startswith(MOVES_WEIGHTS):
+            raise ValueError(
+                f"ref_model must be given with init_lora_weights={start!r}: without its adapter the model is not what "
+                "it was"
+            )
+    if is_reference and always:
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        inside = _adapter_names(model)
+        outside = [name for name in names if not inside & set(name.split("."))]
+        if outside:
+            logger.warning(
+                "%d trained parameters are in no adapter (%s, ...): the reference, which is the model without its "
+                "adapter, would move with them. Give a ref_model, or precompute_ref_log_probs=True.",
+                len(outside), outside[0],
+            )  # fmt: skip
+
+
+def _adapter_names(model: Any) -> set[str]:
+    """Parts of parameters' names that only an adapter, or a head beside the LM head, has."""
+    names = {"modules_to_save", "beta_head", "disco_head"}
+    return names.union(*(getattr(module, "adapter_layer_names", ()) for module in model.modules()))
+
+
 @contextlib.contextmanager
 def adapters_disabled(lm: nn.Module) -> Iterator[None]:
     """Within it, a causal LM answers as it does without its adapter, in evaluation mode and without gradient."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    layers = [layer for layer in lm.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    training, trained = lm.training, [p for p in lm.parameters() if p.requires_grad]
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [layer for layer in lm.modules() if isinstance(layer, kinds) and not layer.disable_adapters]
+    training, wants = lm.training, {parameter: parameter.requires_grad for parameter in lm.parameters()}
+
+    def restore() -> None:  # PEFT freezes an adapter that it disables, and FSDP2 sees at the first forward what trains
+        for parameter, wanted in wants.items():
+            parameter.requires_grad_(wanted)
+
     lm.eval()
     try:
         for layer in layers:
+            if getattr(layer, "merged", False):
+                layer.unmerge()
             layer.enable_adapters(False)
-        for parameter in trained:  # PEFT has frozen the adapter, and FSDP2 sees at the first forward what trains
-            parameter.requires_grad_(True)
+        restore()
         with torch.no_grad():
             yield
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+        restore()
         lm.train(training)
 
 

@@ -1,4 +1,4 @@
-"""Attention over responses laid end to end in one row of tokens, without padding and without a mask.
+"""Attention over responses laid end to end in one row of tokens, without padding.
 
 A path is a prompt and one response to it. Each path is one call of causal attention; a prompt that two paths share is
 in the row once, before the first of the two responses. The paths travel where transformers lets a caller's own mask
@@ -14,6 +14,9 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+# Whose packed and shared batches have been held to padded ones. Others may hide what a path must not see: convolutions,
+# positions that count the padding, attention that passes no positions on.
+CHECKED = ("gemma", "gpt2", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3")
 SDPA_PATHS = "sdpa_paths"
 # These tell packed sequences apart by their position_ids.
 PACKS_BY_POSITION = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -69,15 +72,16 @@ def use_path_attention(lms: Iterable[Any], *, shared: bool) -> str | None:
 def _obstacle(lm: Any, shared: bool) -> str | None:
     config, name = lm.config.get_text_config(), type(lm).__name__
     implementation = lm.config._attn_implementation
-    if implementation in PACKS_BY_POSITION and not shared:
-        return None
-    if implementation not in ("sdpa", SDPA_PATHS):
-        return f"{name} has attn_implementation {implementation!r}, not 'sdpa'"
+    by_position = implementation in PACKS_BY_POSITION and not shared
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if slides or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        return f"{name} has layers other than full attention"
-    if getattr(config, "attn_logit_softcapping", None):
-        return f"{name} caps its attention logits"
-    if not (lm._can_set_attn_implementation() and lm._supports_attention_backend):
-        return f"{name} does not let its attention be replaced"
-    return None
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    obstacles = {
+        f"{name} is none of the models for which that has been checked: {', '.join(CHECKED)}": (
+            config.model_type not in CHECKED
+        ),
+        f"{name} has attn_implementation {implementation!r}, not 'sdpa'": (
+            not by_position and implementation not in ("sdpa", SDPA_PATHS)
+        ),
+        f"{name} has layers other than full attention": not by_position and bool(slides or kinds),
+    }
+    return next((reason for reason, holds in obstacles.items() if holds), None)

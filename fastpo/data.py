@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
@@ -233,6 +234,9 @@ def tokenize_dataset(
     if {"prompt_ids", "chosen_ids"} <= set(columns):
         if stage != "sft" and "rejected_ids" not in columns:
             raise ValueError(f"{source} must have rejected_ids beside chosen_ids, got {', '.join(columns)}")
+        for table in dataset.select_columns(["prompt_ids"]).with_format("arrow").iter(1000):
+            if (pc.list_value_length(table.column(0)).to_numpy() < 1).any():
+                raise ValueError(f"{source} must have at least one token in every row of prompt_ids, got none")
         return dataset if "index" in columns else dataset.add_column("index", list(range(len(dataset))))
     form = find_form(columns, stage, source)
     own = {name: [0.0] if name in VECTOR_COLUMNS else 0.0 for name in own_columns if name in columns}

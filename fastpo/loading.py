@@ -31,6 +31,8 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # which most attention has as a number
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def keep_statistics_exact(accelerator: Any) -> None:

@@ -107,7 +107,8 @@ class StepGuard(TrainerCallback):
         if scaled:
             return None
         rows = [row for _, _, rows in found for row in rows]
-        return f"gradient is not finite at step {step}: its norm is {norm}, with finite losses of dataset rows {rows}"
+        seen = f", with finite losses of dataset rows {rows}" if rows else ""  # none with a compute_loss of one's own
+        return f"gradient is not finite at step {step}: its norm is {norm}{seen}"
 
 
 def _bad_rows(losses: Tensor, loss: Tensor, index: Tensor) -> tuple[list[int], list[float]]:

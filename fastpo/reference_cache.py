@@ -7,6 +7,7 @@ work on one cache.
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from fastpo.files import flush_tree
 
 SHARD_ROWS = 512
 FORMAT = 1
+HOUR = 3600
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 # What differs between configs of the same function.
 NOT_OF_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
@@ -57,6 +59,9 @@ def with_reference_columns(
         (range(first, min(first + SHARD_ROWS, len(rows))), folder / f"rows-{first:09d}")
         for first in range(0, len(rows), SHARD_ROWS)
     ]
+    for partial in folder.glob(".rows-*"):  # of a killed run; younger ones may be another run's work
+        if time.time() - partial.stat().st_mtime > HOUR:
+            shutil.rmtree(partial, ignore_errors=True)
     todo = [shard for shard in shards[process[0] :: process[1]] if not shard[1].is_dir()]
     with tqdm(total=sum(len(part) for part, _ in todo), desc="Reference", disable=not todo or process[0] > 0) as bar:
         for part, path in todo:
@@ -69,16 +74,19 @@ def with_reference_columns(
             _write({name: torch.cat([x[name] for x in found]).float().cpu() for name in found[0]}, path)
     wait()
     columns = concatenate_datasets([_read(path, len(part)) for part, path in shards])
-    return concatenate_datasets([rows, columns], axis=1)
+    replaced = [name for name in columns.column_names if name in rows.column_names]
+    return concatenate_datasets([rows.remove_columns(replaced), columns], axis=1)
 
 
-def cache_key(lm: Any, rows: Dataset, settings: dict[str, Any]) -> str:
-    """Name of the cache of a model's statistics on tokenised rows: of its weights, without what an adapter or a head
-    adds to them, its config, the rows' tokens (and so of tokenizer, template and truncation), and of `settings`."""
+def cache_key(lm: Any, rows: Dataset, settings: dict[str, Any], *, below_adapter: bool) -> str:
+    """Name of the cache of a model's statistics on tokenised rows: of its weights and config, the rows' tokens (and so
+    of tokenizer, template and truncation), and of `settings`. With `below_adapter`, of the weights without the
+    adapter's."""
     digest = xxh3_128()
     config = {name: x for name, x in lm.config.to_dict().items() if name not in NOT_OF_THE_FUNCTION}
-    digest.update(json.dumps([FORMAT, config, settings], sort_keys=True, default=str).encode())
-    for name, tensor in _own_weights(lm):
+    adapters = [] if below_adapter else _adapter_state(lm)
+    digest.update(json.dumps([FORMAT, config, settings, adapters], sort_keys=True, default=str).encode())
+    for name, tensor in _own_weights(lm, below_adapter):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     for table in rows.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(1000):
@@ -88,18 +96,26 @@ def cache_key(lm: Any, rows: Dataset, settings: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _own_weights(lm: Any) -> Iterator[tuple[str, Tensor]]:
+def _own_weights(lm: Any, below_adapter: bool) -> Iterator[tuple[str, Tensor]]:
+    """Name, as it is without an adapter, and value of each weight that the statistics depend on."""
     from fastpo.architecture import HEADS
 
-    added = set(HEADS) | {"modules_to_save"}
-    for module in lm.modules():
-        added |= set(getattr(module, "adapter_layer_names", ()))
+    added = set(HEADS) | ({"modules_to_save"} if below_adapter else set())
+    if below_adapter:
+        added |= {name for module in lm.modules() for name in getattr(module, "adapter_layer_names", ())}
     found = {}
     for name, tensor in lm.state_dict().items():
         parts = name.split(".")
         if isinstance(tensor, Tensor) and not added & set(parts):
             found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
     yield from sorted(found.items())
+
+
+def _adapter_state(lm: Any) -> list[Any]:
+    """What of a model's adapters is in use, and how, beside their weights."""
+    layers = [module for module in lm.modules() if hasattr(module, "adapter_layer_names")]
+    names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling", "lora_variant")
+    return [[str(getattr(layer, name, None)) for name in names] for layer in layers]
 
 
 def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:

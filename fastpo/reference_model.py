@@ -42,12 +42,12 @@ class Reference:
 
     def lacking(self, columns: Iterable[str]) -> Lacking:
         features = tuple(name for name in self.features if f"prompt_{name}" not in columns)
-        return Lacking(self.pairs and REFERENCE_COLUMNS[0] not in columns, features)
+        return Lacking(self.pairs and not set(REFERENCE_COLUMNS) <= set(columns), features)
 
     def known(self, batch: dict[str, Any]) -> tuple[AnySequenceStats | None, dict[str, Tensor]]:
         """From a batch's columns: the statistics of the chosen and then the rejected responses, and prompt features."""
         prompt = {name: batch[f"prompt_{name}"] for name in self.features if f"prompt_{name}" in batch}
-        if not self.pairs or REFERENCE_COLUMNS[0] not in batch:
+        if not self.pairs or self.lacking(batch).pairs:
             return None, prompt
         found = {
             name: torch.cat([batch[f"ref_{side}_{name}"] for side in SIDES])

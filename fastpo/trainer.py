@@ -11,8 +11,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastpo.adapters import add_adapter
+from fastpo.adapters import add_adapter, check_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
@@ -101,13 +102,8 @@ class PreferenceTrainer(AtomicTrainer):
         _check_optimizer(optimizers[0], model)
 
         self.vocab_size, _ = head_shape(causal_lm(model))
-        _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
-        if data_collator is None:
-            pad = processing_class.pad_token_id
-            data_collator = PreferenceCollator(
-                processing_class.eos_token_id if pad is None else pad, args.stage, args.padding_free,
-                _prefix_sharing(args, model, ref_model),
-            )  # fmt: skip
+        _check_vocabulary(processing_class, causal_lm(model).config.get_text_config().vocab_size)
+        data_collator = _collator(data_collator, args, processing_class, model, ref_model)
         with args.main_process_first(desc="tokenizing"):
             train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
             eval_dataset = (
@@ -118,11 +114,12 @@ class PreferenceTrainer(AtomicTrainer):
         parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         columns = [rows.column_names for rows in parts if rows is not None] or [[]]  # none yet: they may lack all
         self.reference = Reference(self.objective, args.stage)
-        if any(self.reference.lacking(names) for names in columns):
-            if ref_model is None and not has_adapter and not args.precompute_ref_log_probs:
-                with without_heads(model):
-                    ref_model = copied_reference(model)
-            self.reference.model = ref_model
+        reads_reference, live = any(map(self.reference.lacking, columns)), not args.precompute_ref_log_probs
+        if reads_reference and ref_model is None and live and not has_adapter:
+            with without_heads(model):
+                ref_model = copied_reference(model)
+        self.reference.model = ref_model if reads_reference else None
+        check_adapter(model, is_reference=reads_reference and ref_model is None and has_adapter, always=live)
         self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
             model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
@@ -139,10 +136,11 @@ class PreferenceTrainer(AtomicTrainer):
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
         install_stats_forward(self.model)
-        if args.precompute_ref_log_probs:
-            self._precompute(has_adapter)
         if self.ref_model is not None:
             install_stats_forward(self.ref_model)
+        if args.precompute_ref_log_probs:
+            self._precompute()
+        if self.ref_model is not None:
             self.ref_model.requires_grad_(False)
             self.reference.model = prepare_reference(self.ref_model, self.accelerator)
 
@@ -209,7 +207,8 @@ class PreferenceTrainer(AtomicTrainer):
         if model.training and not self.is_deepspeed_enabled:
             loss = self._guard.watch(output, inputs["index"])
         else:
-            check_loss(output, inputs["index"], self.state.global_step)
+            if model.training or not self.args.skip_nonfinite_steps:
+                check_loss(output, inputs["index"], self.state.global_step)
             loss = output.loss
         self._meters["train" if model.training else "eval"].add(output.metrics, len(inputs["index"]))
         if not return_outputs:
@@ -274,14 +273,24 @@ class PreferenceTrainer(AtomicTrainer):
         """The dataset, tokenised, with columns ref_* and prompt_* of what the objective reads of the reference.
 
         They are looked for, and kept, in `reference_cache_dir`. A trainer that is given such data needs no reference
-        model. Called before training where the model is its own reference.
+        model.
+
+        Raises:
+            ValueError: the model is its own reference, and has been trained.
         """
         rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
         lacking = self.reference.lacking(rows.column_names)
         if not lacking:
             return rows
-        args, lm = self.args, causal_lm(self.model if self.ref_model is None else self.ref_model)
+        args, below_adapter = self.args, self.ref_model is None and hasattr(self.model, "disable_adapter")
+        own = self.ref_model is None and not below_adapter
+        if own and self.state.global_step:
+            raise ValueError("precompute_reference must be called before training, or with a ref_model or an adapter")
+        lm = causal_lm(self.model if self.ref_model is None else self.ref_model)
+        if next(lm.parameters()).device != self.accelerator.device:
+            lm.to(self.accelerator.device)
         settings = {**lacking._asdict(), "precision": self.accelerator.mixed_precision}
+        key = cache_key(lm, rows, settings, below_adapter=below_adapter)
         parent = args.reference_cache_dir or Path(datasets.config.HF_CACHE_HOME).expanduser() / "fastpo" / "reference"
 
         def compute(listed: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -289,20 +298,21 @@ class PreferenceTrainer(AtomicTrainer):
             with self.accelerator.autocast():
                 return self.reference.columns(self.model, self.accelerator.unwrap_model(self.model), inputs, lacking)
 
-        return with_reference_columns(
-            rows, compute, Path(parent) / cache_key(lm, rows, settings),
-            batch_size=args.precompute_ref_batch_size or args.eval_batch_size,
-            process=(args.process_index, args.world_size), wait=self.accelerator.wait_for_everyone,
-        )  # fmt: skip
+        try:
+            if own:
+                self.reference.model = self.model
+            return with_reference_columns(
+                rows, compute, Path(parent) / key, batch_size=args.precompute_ref_batch_size or args.eval_batch_size,
+                process=(args.process_index, args.world_size), wait=self.accelerator.wait_for_everyone,
+            )  # fmt: skip
+        finally:
+            if own:
+                self.reference.model = None
 
-    def _precompute(self, has_adapter: bool) -> None:
+    def _precompute(self) -> None:
         """Give all data the reference's columns, and let the reference go."""
-        if self.ref_model is None and not has_adapter:
-            self.reference.model = self.model  # before its first step it is its own reference
-        reference = self.model if self.ref_model is None else self.ref_model
-        install_stats_forward(reference)
-        if next(reference.parameters()).device != self.accelerator.device:
-            reference.to(self.accelerator.device)
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("precompute_ref_log_probs must be False with DeepSpeed ZeRO-3, which has cut the model up")
         if self.train_dataset is not None:
             self.train_dataset = self.precompute_reference(self.train_dataset)
         if isinstance(self.eval_dataset, dict):
@@ -388,6 +398,21 @@ class PreferenceTrainer(AtomicTrainer):
         """Heads are not missing: they have files of their own."""
         missing = [key for key in load_result.missing_keys if not set(key.split(".")) & set(HEADS)]
         super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
+
+
+def _collator(own: Callable | None, args: PreferenceTrainingArguments, tokenizer: Any, *models: Any) -> Callable:
+    """`own`, or a `PreferenceCollator` as the arguments want it.
+
+    Raises:
+        ValueError: the arguments want what only a `PreferenceCollator` does.
+    """
+    if own is None:
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return PreferenceCollator(pad, args.stage, args.padding_free, _prefix_sharing(args, *models))
+    for name in ("padding_free", "prefix_sharing", "precompute_ref_log_probs"):
+        if getattr(args, name):
+            raise ValueError(f"{name} is done by fastpo's own collator: data_collator must be None")
+    return own
 
 
 def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -133,6 +133,65 @@ def test_disabling_adapters_leaves_everything_as_it_was(tmp_path: Path) -> None:
         assert not lm.training and not torch.is_grad_enabled() and not trainer.model.get_model_status().enabled
         raise KeyError
     assert state() == before
+
+
+def test_what_a_user_froze_or_disabled_stays_so(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, config=lora(**HEADED["head and layers"]))
+    frozen = [p for name, p in trainer.model.named_parameters() if "lora_A" in name]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    trainer.loss_output(trainer.model.train(), batch_of(trainer)).loss.backward()
+    assert not any(p.requires_grad or p.grad is not None for p in frozen)
+    with trainer.model.disable_adapter(), torch.no_grad():
+        assert not trainer.loss_output(trainer.model, batch_of(trainer)).margins.any()
+        assert not trainer.model.get_model_status().enabled
+
+
+def test_below_a_merged_adapter_is_the_base_too(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, config=lora(**HEADED["head and layers"]))
+    with torch.no_grad():
+        expected = trainer.loss_output(trainer.model.eval(), batch_of(trainer)).losses
+        trainer.model.merge_adapter()
+        torch.testing.assert_close(trainer.loss_output(trainer.model, batch_of(trainer)).losses, expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+            "peft_config must adapt layers, got PREFIX_TUN",
+        ),
+        (
+            lora(target_modules=LAYERS, init_lora_weights="pissa"),
+            "ref_model must be given with init_lora_weights='pissa'",
+        ),
+        (
+            lora(target_modules=LAYERS, init_lora_weights="olora"),
+            "ref_model must be given with init_lora_weights='olora'",
+        ),
+    ],
+)
+def test_adapters_that_are_no_reference_without_them_are_refused(tmp_path: Path, config: Any, message: str) -> None:
+    for fields in ({}, {"precompute_ref_log_probs": True}):
+        with pytest.raises(ValueError, match=message):
+            trainer_for(tmp_path, config=config, **fields)
+    if config.peft_type == "LORA":
+        trainer_for(tmp_path, tiny_model(seed=7), config=config)
+
+
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")
+def test_a_reference_that_would_move_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", "fastpo"):
+        trainer_for(tmp_path, config=lora(target_modules=LAYERS))
+        trainer_for(tmp_path, config=lora(target_modules=LAYERS, modules_to_save=["lm_head"]), add_disco_head=True)
+        assert not caplog.records
+        model = get_peft_model(tiny_model(), lora(target_modules=LAYERS))
+        model.get_base_model().model.norm.weight.requires_grad_()
+        PreferenceTrainer(
+            model, None, tiny_args(tmp_path), train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer()
+        )
+    assert "trained parameters are in no adapter (base_model.model.model.norm.weight" in caplog.text
 
 
 def test_layers_alone_share_one_pass_over_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ def test_a_bad_loss_with_a_finite_gradient_is_a_bad_step_too(tmp_path: Path, mon
         trainer.train()
 
 
-def test_a_bad_loss_of_the_evaluation_stops(tmp_path: Path) -> None:
-    trainer = trainer_for(tmp_path, pairs({}), skip_nonfinite_steps=True)
+def test_a_bad_loss_of_the_evaluation_stops_unless_such_are_passed_over(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, pairs({}))
     with pytest.raises(FloatingPointError, match=r"dataset rows \[3\], losses \[nan\]"):
         trainer.evaluate(pairs({3: float("nan")}))
+    trainer = trainer_for(tmp_path, pairs({}), skip_nonfinite_steps=True)
+    assert math.isnan(trainer.evaluate(pairs({3: float("nan")}))["eval_loss"])

@@ -1,15 +1,18 @@
 """The reference computed beforehand: kept, found again, resumed, and never mistaken for another."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 
 from fastpo import PreferenceTrainer, reference_cache
+from fastpo.collation import PreferenceCollator
 from fastpo.data import REFERENCE_COLUMNS
 from fastpo.reference_model import Reference
 
@@ -137,3 +140,57 @@ def test_data_without_the_columns_is_refused_once_the_reference_is_gone(tmp_path
     trainer = trainer_for(tmp_path, precompute_ref_log_probs=True)
     with pytest.raises(ValueError, match="dataset must have the columns ref_chosen_logps"):
         trainer.evaluate(Dataset.from_list(tiny_pairs(2).to_list()))
+
+
+def test_a_reference_with_an_adapter_of_its_own_has_a_cache_of_its_own(tmp_path: Path) -> None:
+    def key(seed: int | None) -> set[str]:
+        before = {p.parent.name for p in shards(tmp_path)}
+        reference = tiny_model(seed=7)
+        if seed is not None:
+            torch.manual_seed(seed)
+            config = LoraConfig(r=2, task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+            reference = get_peft_model(reference, config)
+        trainer_for(tmp_path, None, reference, eval_dataset=None, precompute_ref_log_probs=True)
+        return {p.parent.name for p in shards(tmp_path)} - before
+
+    assert key(None) and key(1) and key(2) and not key(2)
+
+
+def test_a_model_that_was_its_own_reference_precomputes_before_training_alone(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, precompute_ref_log_probs=True)
+    rows = trainer.precompute_reference(tiny_pairs(4, 5))
+    assert set(REFERENCE_COLUMNS) <= set(rows.column_names)
+    trainer.train()
+    with pytest.raises(ValueError, match="precompute_reference must be called before training"):
+        trainer.precompute_reference(tiny_pairs(4, 6))
+
+
+def test_columns_of_log_probs_alone_are_not_enough(tmp_path: Path) -> None:
+    """As TRL precomputes them: entropies are missing."""
+    rows = trainer_for(tmp_path / "first").precompute_reference(tiny_pairs(12))
+    expected = trainer_for(tmp_path / "first", train_dataset=rows)
+    kept = rows.remove_columns([name for name in REFERENCE_COLUMNS if not name.endswith("_logps")])
+    kept = kept.remove_columns([name for name in kept.column_names if "shared" in name])
+    live = trainer_for(tmp_path / "second", train_dataset=kept)
+    again = trainer_for(tmp_path / "third", train_dataset=kept, precompute_ref_log_probs=True)
+    found = [t.loss_output(t.model, next(iter(t.get_eval_dataloader()))).loss for t in (expected, live, again)]
+    torch.testing.assert_close(torch.stack(found), found[0].expand(3), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["padding_free", "prefix_sharing", "precompute_ref_log_probs"])
+def test_what_the_collator_does_needs_our_collator(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is done by fastpo's own collator: data_collator must be None"):
+        PreferenceTrainer(
+            tiny_model(), None, tiny_args(tmp_path, **{name: True}), PreferenceCollator(0),
+            train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+
+
+def test_a_killed_run_s_leftovers_go(tmp_path: Path) -> None:
+    trainer_for(tmp_path, precompute_ref_log_probs=True)
+    folder = shards(tmp_path)[0].parent
+    for name, age in ((".rows-000000000-old", 7200), (".rows-000000000-young", 60)):
+        (folder / name).mkdir()
+        os.utime(folder / name, (time.time() - age,) * 2)
+    trainer_for(tmp_path, precompute_ref_log_probs=True)
+    assert sorted(p.name for p in folder.glob(".*")) == [".rows-000000000-young"]
