@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from fastpo.memory import PeakMeter
 from fastpo.schedules import RunningMeans
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,20 @@ class Memory(TrainerCallback, ExportableState):
         self.means = {
             name: torch.tensor(value, dtype=torch.float64) for name, value in saved["attributes"]["means"].items()
         }
+
+
+class PeakMemory(TrainerCallback):
+    """Measures training's peak memory, in bytes; see `PeakMeter`. Make it before the model."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.meter = PeakMeter(device)
+        self.bytes: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meter.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bytes = self.meter.peak()
 
 
 class RunawayBeta(TrainerCallback):

@@ -38,6 +38,34 @@ def peak_bytes_of(work: Callable[[], object], device: torch.device) -> int:
     return _resident_peak() - before
 
 
+class PeakMeter:
+    """Peak of what a process holds for training: weights, and whatever comes and goes between `start` and `peak`.
+
+    On a GPU: the allocator's bytes in use, all told. On a CPU: resident memory above where it stood when the meter was
+    made, which is after libraries and data and before the first weight.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, 0
+        if device.type != "cuda":
+            _hand_back_free_memory()
+            self.before = _resident()
+
+    def start(self) -> None:
+        """What was there only while the model was built does not count from here on."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _hand_back_free_memory()
+            _reset_resident_peak()
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return _resident_peak() - self.before
+
+
 def _hand_back_free_memory() -> None:
     """Freed memory that the C library still holds would be used again without counting."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
@@ -52,10 +80,19 @@ def _reset_resident_peak() -> None:
 
 
 def _resident_peak() -> int:
+    return _status("VmHWM:")
+
+
+def _resident() -> int:
+    return _status("VmRSS:")
+
+
+def _status(field: str) -> int:
+    """Bytes; where there is no /proc, the peak since the process began stands for either field."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

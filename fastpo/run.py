@@ -9,6 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastpo.architecture import load_heads
 from fastpo.arguments import PreferenceTrainingArguments
+from fastpo.callbacks import PeakMemory
 from fastpo.recipe import (
     RecipeArguments,
     build_model,
@@ -34,6 +35,8 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         earlier = args.output_dir if args.resume_from_checkpoint else None
         tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=earlier)
         train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
+    peft_config = build_peft_config(recipe)  # imports what is not weights, and so before the meter
+    memory = PeakMemory(args.device)
     trainer = PreferenceTrainer(
         model=build_model(recipe, args, tokenizer),
         ref_model=build_reference(recipe),
@@ -41,8 +44,8 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(args.output_dir)],
-        peft_config=build_peft_config(recipe),
+        callbacks=[MetricsFile(args.output_dir), memory],
+        peft_config=peft_config,
     )
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(args.output_dir)
