@@ -1,4 +1,4 @@
-"""Peak memory of training, measured, of the recipes in bench/plan_recipes.
+"""Peak memory of training, predicted and measured, of the recipes in bench/plan_recipes.
 
 ``python -m bench.plan`` trains each recipe for a few steps in processes of its own and prints a table.
 ``python -m bench.plan RECIPE.yaml`` measures one, in this process, and prints a JSON line.
@@ -37,21 +37,25 @@ def long_pairs(rows: int) -> list[dict[str, Any]]:
     return pairs
 
 
-def measure(recipe: str) -> dict[str, Any]:
-    """Train and report."""
+def measure(recipe_file: str) -> dict[str, Any]:
+    """Train, predict, report both in bytes."""
     from fastpo.callbacks import PeakMemory
+    from fastpo.dry_run import lengths_of
+    from fastpo.plan import Planner
     from fastpo.recipe import parse_recipe
     from fastpo.run import prepare_training
 
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "pairs.jsonl"
         data.write_text("".join(json.dumps(pair) + "\n" for pair in long_pairs(ROWS)))
-        overrides = ["--dataset", str(data), "--output_dir", folder, "--max_steps", str(STEPS)]
+        overrides = ["--dataset", str(data), "--output_dir", folder, "--max_steps", str(STEPS), "--use_cpu", "true"]
         overrides += ["--save_strategy", "no", "--disable_tqdm", "true", "--report_to", "none"]
-        trainer = prepare_training(*parse_recipe(recipe, overrides))
+        recipe, args = parse_recipe(recipe_file, overrides)
+        trainer = prepare_training(recipe, args)
         trainer.train()
         memory = next(c for c in trainer.callback_handler.callbacks if isinstance(c, PeakMemory))
-        return {"recipe": Path(recipe).stem, "measured": memory.bytes}
+        predicted = Planner(recipe, args, lengths_of(trainer.train_dataset), on_gpu=False).predict()
+    return {"measured": memory.bytes, "predicted": predicted.total, "parts": predicted.parts}
 
 
 def in_new_process(recipe: Path) -> dict[str, Any]:
@@ -70,10 +74,14 @@ def main() -> None:
     if arguments.recipe:
         print(json.dumps(measure(arguments.recipe)))
         return
-    print("| recipe | measured, MB |\n|---|---|")
+    print("| recipe | predicted, MB | measured, MB | predicted / measured |\n|---|---|---|---|")
     for recipe in sorted(RECIPES.glob("*.yaml")):
-        found = [in_new_process(recipe)["measured"] / 2**20 for _ in range(arguments.repeats)]
-        print(f"| {recipe.stem} | {', '.join(f'{peak:.0f}' for peak in found)} |", flush=True)
+        runs = [in_new_process(recipe) for _ in range(arguments.repeats)]
+        peaks = [run["measured"] / 2**20 for run in runs]
+        predicted = runs[0]["predicted"] / 2**20
+        ratios = ", ".join(f"{predicted / peak:.3f}" for peak in peaks)
+        measured = ", ".join(f"{peak:.0f}" for peak in peaks)
+        print(f"| {recipe.stem} | {predicted:.0f} | {measured} | {ratios} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypedDict, Unpack, cast
 import torch
 from torch import Tensor
 
-from fastpo.kernels.autograd import Plan, Statistics, check_values, linear_statistics
+from fastpo.kernels.autograd import OPS_IN_PYTHON, Plan, Statistics, check_values, linear_statistics
 from fastpo.kernels.tiles import LogitTransform, segment_sum
 from fastpo.reference import linear_kl_reference, linear_logps_reference, log_sum_sq_probs_reference
 from fastpo.types import ExtendedSequenceStats, ExtendedTokenStats, JointStats, SequenceStats, TokenStats
@@ -18,6 +18,8 @@ Mode = Literal["auto", "no_grad", "frozen", "lean", "stash"]
 IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
 MODES = ("auto", "no_grad", "frozen", "lean", "stash")
 EXTRAS = ("log_sum_sq_probs",)
+# The custom ops of the head, and the Python code of each.
+HEAD_OPS = OPS_IN_PYTHON
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

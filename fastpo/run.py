@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from fastpo.architecture import load_heads
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.callbacks import PeakMemory
+from fastpo.memory import hand_back_what_is_freed
 from fastpo.recipe import (
     RecipeArguments,
     build_model,
@@ -36,6 +37,8 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=earlier)
         train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
     peft_config = build_peft_config(recipe)  # imports what is not weights, and so before the meter
+    if args.device.type == "cpu":
+        hand_back_what_is_freed()
     memory = PeakMemory(args.device)
     trainer = PreferenceTrainer(
         model=build_model(recipe, args, tokenizer),

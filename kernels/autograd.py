@@ -416,3 +416,7 @@ def _(*args):  # type: ignore[no-untyped-def]
     wanted = args[24:27]
     like = (hidden, weight, hidden if bias is None else bias)
     return tuple(x.new_empty(x.shape) if yes else x.new_empty(0) for x, yes in zip(like, wanted, strict=True))
+
+
+# The ops' own code, for tensors without data: what it allocates shows nowhere else.
+OPS_IN_PYTHON = {op._opoverload: op._init_fn for op in (_linear_statistics, _linear_statistics_backward)}

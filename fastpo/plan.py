@@ -1,0 +1,140 @@
+"""How much memory a recipe's training needs, what would make it fit, and the most that fits.
+
+The figures come from a run of the training itself on tensors without data (`fastpo.dry_run`): of all its layers where
+there are few, else of two and of four of them, from which each stretch of the run is carried on in a straight line.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from fastpo.arguments import PreferenceTrainingArguments
+from fastpo.dry_run import PARTS, Lengths, dry_run, lengths_at, longest_batch, planned_config
+from fastpo.recipe import RecipeArguments
+
+GB = 10**9
+FEW_LAYERS, MORE_LAYERS = 2, 4
+# Memory of cards, in GB, as they are sold.
+GPUS = {
+    "T4": 16, "V100": 16, "RTX-3090": 24, "RTX-4090": 24, "L4": 24, "A10G": 24, "A100-40GB": 40, "L40S": 48,
+    "A100-80GB": 80, "H100": 80, "H200": 141,
+}  # fmt: skip
+# On a GPU, what the allocator cannot give to tensors: CUDA's context, and holes between tensors as a share of the card.
+CONTEXT, HOLES = 0.6 * GB, 0.05
+# On a CPU, what libraries take once training begins: measured with a model of next to no size.
+LIBRARIES = 24 * 2**20
+LENGTH_STEP = 64
+MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
+
+
+class Prediction(NamedTuple):
+    """Bytes in use at the highest moment of training, by part; a GPU's CUDA context is in none."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+class Planner:
+    """Predicts a recipe and variants of it.
+
+    Args:
+        recipe, args: as `parse_recipe` gives them.
+        rows: lengths of the dataset's rows. None: every row fills max_length, half of it prompt.
+        on_gpu: whether the fused head and a GPU's allocator are meant; the computation itself needs none.
+
+    Raises:
+        ValueError, TypeError: the recipe cannot be planned; see `dry_run`.
+    """
+
+    def __init__(
+        self,
+        recipe: RecipeArguments,
+        args: PreferenceTrainingArguments,
+        rows: Sequence[Lengths] | None = None,
+        on_gpu: bool = True,
+    ) -> None:
+        self.recipe, self.args, self.on_gpu = recipe, args, on_gpu
+        self.rows = None if rows is None else list(rows)
+
+    def predict(self, **changes: Any) -> Prediction:
+        """Of the recipe with some of its fields changed."""
+        recipe, args = self._changed(changes)
+        config = planned_config(recipe)
+        rows = self._batch(args)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if layers <= MORE_LAYERS or not _uniform(config):
+            stretches = [s.parts for s in dry_run(recipe, args, rows, config, self.on_gpu)]
+        else:
+            few, more = (
+                dry_run(recipe, args, rows, _with_layers(config, count), self.on_gpu)
+                for count in (FEW_LAYERS, MORE_LAYERS)
+            )
+            steps = (layers - FEW_LAYERS) / (MORE_LAYERS - FEW_LAYERS)
+            stretches = [_carried_on(a.parts, b.parts, steps) for a, b in zip(few, more, strict=True)]
+        highest = max(stretches, key=lambda parts: sum(parts.values()))
+        parts = {name: highest.get(name, 0) for name in PARTS}
+        return Prediction(parts if self.on_gpu else parts | {"libraries": LIBRARIES})
+
+    def _changed(self, changes: dict[str, Any]) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
+        of_recipe = {field.name for field in dataclasses.fields(self.recipe)} & set(changes)
+        recipe = dataclasses.replace(self.recipe, **{name: changes[name] for name in of_recipe})
+        args = copy.copy(self.args)
+        for name in set(changes) - of_recipe:
+            setattr(args, name, changes[name])
+        return recipe, args
+
+    def _batch(self, args: PreferenceTrainingArguments) -> list[Lengths]:
+        size = args.per_device_train_batch_size
+        if self.rows is not None:
+            return longest_batch(self.rows, size)
+        return longest_batch([lengths_at(args.max_length)] * size + [lengths_at(args.max_length - 1)], size)
+
+    def largest(self, name: str, budget: float) -> int | None:
+        """The largest per_device_train_batch_size or max_length whose prediction is within `budget` bytes."""
+        step, most = (LENGTH_STEP, MOST_TOKENS) if name == "max_length" else (1, MOST_ROWS)
+        if name == "max_length":
+            positions = getattr(planned_config(self.recipe).get_text_config(), "max_position_embeddings", None)
+            most = most if positions is None else min(most, positions)
+        guess = getattr(self.args, name) / step
+        found = _largest_within(lambda n: self.predict(**{name: n * step}).total, budget, guess, most // step)
+        return None if found == 0 else found * step
+
+
+def _largest_within(cost: Callable[[int], int], budget: float, guess: float, most: int) -> int:
+    """The largest n in 1 .. most with cost(n) <= budget, 0 if none; cost rises, and hardly bends."""
+    known = {n: cost(n) for n in {1, max(2, round(guess))} if n <= most}
+    while True:
+        below = max((n for n in known if known[n] <= budget), default=0)
+        above = min((n for n in known if known[n] > budget), default=most + 1)
+        if above - below <= 1:
+            return below
+        # Along the chord of the two nearest: inside the bracket, and never so near its end that it hardly shrinks.
+        a, b = sorted(known, key=lambda n: abs(known[n] - budget))[:2] if len(known) > 1 else (1, 1)
+        slope = (known[b] - known[a]) / (b - a) if a != b else 0
+        aim = int(a + (budget - known[a]) / slope) if slope > 0 else 2 * below
+        known[n] = cost(n) if (n := min(max(aim, below + 1), above - 1)) not in known else known[n]
+
+
+def _uniform(config: Any) -> bool:
+    """Whether every layer is like the others, as far as the config says."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    experts = any("expert" in name for name in text.to_dict())
+    return text is config and not experts and (kinds is None or len(set(kinds)) == 1)
+
+
+def _with_layers(config: Any, count: int) -> Any:
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:count]
+    return config
+
+
+def _carried_on(few: dict[str, int], more: dict[str, int], steps: float) -> dict[str, int]:
+    names = {*few, *more}
+    return {n: round(few.get(n, 0) + steps * (more.get(n, 0) - few.get(n, 0))) for n in names}
