@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from torch import nn
+from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from fastpo.arguments import PreferenceTrainingArguments
@@ -127,6 +128,9 @@ class _DryTrainer(PreferenceTrainer):
 
         optimizer.step = noted_step  # type: ignore[method-assign]
         return optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:

@@ -6,6 +6,7 @@ there are few, else of two and of four of them, from which each stretch of the r
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +22,9 @@ GPUS = {
     "A100-80GB": 80, "H100": 80, "H200": 141,
 }  # fmt: skip
 # On a GPU, what the allocator cannot give to tensors: CUDA's context, and holes between tensors as a share of the card.
-CONTEXT, HOLES = 0.6 * GB, 0.05
-# On a CPU, what libraries take once training begins: measured with a model of next to no size.
-LIBRARIES = 24 * 2**20
+CONTEXT, HOLES = 600 * 10**6, 0.05
+# On a CPU, what libraries take once training begins, measured with a model of next to no size; and before that.
+LIBRARIES, IMPORTS = 24 * 2**20, 500 * 10**6
 LENGTH_STEP = 64
 MOST_ROWS, MOST_TOKENS = 4096, 1 << 20
 
@@ -93,7 +94,7 @@ class Planner:
             return longest_batch(self.rows, size)
         return longest_batch([lengths_at(args.max_length)] * size + [lengths_at(args.max_length - 1)], size)
 
-    def largest(self, name: str, budget: float) -> int | None:
+    def largest(self, name: str, budget: int) -> int | None:
         """The largest per_device_train_batch_size or max_length whose prediction is within `budget` bytes."""
         step, most = (LENGTH_STEP, MOST_TOKENS) if name == "max_length" else (1, MOST_ROWS)
         if name == "max_length":
@@ -104,19 +105,20 @@ class Planner:
         return None if found == 0 else found * step
 
 
-def _largest_within(cost: Callable[[int], int], budget: float, guess: float, most: int) -> int:
-    """The largest n in 1 .. most with cost(n) <= budget, 0 if none; cost rises, and hardly bends."""
-    known = {n: cost(n) for n in {1, max(2, round(guess))} if n <= most}
+def _largest_within(cost: Callable[[int], int], budget: int, guess: float, most: int) -> int:
+    """The largest n in 1 .. most with cost(n) <= budget, 0 if none; cost rises, nearly in a straight line."""
+    known = {n: cost(n) for n in sorted({1, min(most, max(2, round(guess)))})}
     while True:
         below = max((n for n in known if known[n] <= budget), default=0)
         above = min((n for n in known if known[n] > budget), default=most + 1)
         if above - below <= 1:
             return below
-        # Along the chord of the two nearest: inside the bracket, and never so near its end that it hardly shrinks.
-        a, b = sorted(known, key=lambda n: abs(known[n] - budget))[:2] if len(known) > 1 else (1, 1)
-        slope = (known[b] - known[a]) / (b - a) if a != b else 0
-        aim = int(a + (budget - known[a]) / slope) if slope > 0 else 2 * below
-        known[n] = cost(n) if (n := min(max(aim, below + 1), above - 1)) not in known else known[n]
+        # Along the chord of the two that come nearest to the budget, but inside the bracket.
+        a, b = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
+        slope = (known[b] - known[a]) / (b - a)
+        aim = int(a + (budget - known[a]) / slope) if slope > 0 else most
+        n = min(max(aim, below + 1), above - 1)
+        known[n] = cost(n)
 
 
 def _uniform(config: Any) -> bool:
@@ -138,3 +140,53 @@ def _with_layers(config: Any, count: int) -> Any:
 def _carried_on(few: dict[str, int], more: dict[str, int], steps: float) -> dict[str, int]:
     names = {*few, *more}
     return {n: round(few.get(n, 0) + steps * (more.get(n, 0) - few.get(n, 0))) for n in names}
+
+
+def usable(memory: int, on_gpu: bool) -> int:
+    """Bytes of a card or machine of so many bytes that tensors can have."""
+    return round(memory * (1 - HOLES)) - CONTEXT if on_gpu else memory - IMPORTS
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "24GB", "24GiB" or "24".
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(GB|GiB|G|MB|MiB|)\s*", text, flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ValueError(f"memory must be a number of GB such as 24GB or 22.5GiB, got {text!r}")
+    unit = {"gib": 2**30, "mb": 10**6, "mib": 2**20}.get(match[2].lower(), GB)
+    return round(float(match[1]) * unit)
+
+
+def memory_of(gpu: str) -> int:
+    """Bytes of a card by its name.
+
+    Raises:
+        ValueError: it is not in the table.
+    """
+    names = {name.lower(): size for name, size in GPUS.items()}
+    if gpu.lower().replace(" ", "-") not in names:
+        raise ValueError(f"gpu must be one of {', '.join(GPUS)} (or give --memory), got {gpu!r}")
+    return names[gpu.lower().replace(" ", "-")] * GB
+
+
+def switches(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> list[dict[str, Any]]:
+    """What a recipe could change to need less memory, the least intrusive first."""
+    found: list[dict[str, Any]] = []
+    batch = args.per_device_train_batch_size
+    if not args.gradient_checkpointing:
+        found.append({"gradient_checkpointing": True})
+    if not (args.bf16 or args.fp16) and recipe.dtype in ("auto", "float32"):
+        found.append({"bf16": True})
+    if args.stage == "dpo" and args.preference_config.needs_reference:
+        found.append({"precompute_ref_log_probs": True})
+    if batch > 1:
+        accumulated = batch * args.gradient_accumulation_steps
+        found.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated})
+    if not recipe.use_peft:
+        found += [{"optim": "adamw_8bit"}, {"use_peft": True, "dtype": "bfloat16"}]
+    if args.max_length >= 2 * LENGTH_STEP:
+        found.append({"max_length": args.max_length // 2})
+    return [changes for changes in found if all(hasattr(recipe, k) or hasattr(args, k) for k in changes)]
