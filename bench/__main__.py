@@ -2,7 +2,7 @@
 
 Every contender runs in fresh processes, the contenders taking turns, after its results have been compared with float64.
 If fastpo fails that comparison nothing is written and the exit status is 1. Otherwise DIR gets NAME.json, NAME.md and
-pictures. The preset gpu takes under 9 minutes.
+pictures. The preset gpu takes under 9 minutes. ``--preset step`` measures whole training steps; see `bench.step`.
 """
 
 import argparse
@@ -14,19 +14,27 @@ from pathlib import Path
 
 import torch
 
+from bench import step
 from bench.contenders import CONTENDERS
 from bench.machine import describe
 from bench.pictures import draw
 from bench.presets import PRESETS
 from bench.report import full_report
 from bench.runner import GateError, Session
+from bench.step import STEP_PRESETS
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    command = "python -m bench " + " ".join(_without_paths(argv))
+    presets = argparse.ArgumentParser(add_help=False)
+    presets.add_argument("--preset")
+    if presets.parse_known_args(argv)[0].preset in STEP_PRESETS:
+        return step.main(argv, command)
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", choices=PRESETS, help="default: gpu where there is one, else cpu")
+    parser.add_argument("--preset", choices=[*PRESETS, *STEP_PRESETS], help="default: gpu where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for the results")
     parser.add_argument("--only", action="append", choices=CONTENDERS, metavar="NAME", help="a contender; repeatable")
     parser.add_argument("--repeats", type=int, help="rounds of fresh processes")
@@ -43,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     points = [spec for spec in preset.points if arguments.tokens in (None, spec.tokens)]
     points = [spec for spec in points if arguments.work in (None, spec.work)]
     preset = dataclasses.replace(preset, points=tuple(points), budget=arguments.budget or preset.budget)
-    command = "python -m bench " + " ".join(_without_paths(sys.argv[1:] if argv is None else argv))
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
             preset, device, arguments.only or list(CONTENDERS),

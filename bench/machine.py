@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "triton", "fastpo", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
+PACKAGES = ("torch", "triton", "fastpo", "transformers", "peft", "trl", "liger-kernel", "cut-cross-entropy")
 
 
 def describe(device: torch.device, command: str, threads: int) -> dict[str, Any]:
@@ -31,6 +31,19 @@ def describe(device: torch.device, command: str, threads: int) -> dict[str, Any]
         "command": command,
         "threads": threads,
     }
+
+
+def provenance(result: dict[str, Any]) -> str:
+    """The line that a report starts with."""
+    meta = result["meta"]
+    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items() if number)
+    gpu = f"{meta['gpu']}, driver {meta['driver']}, CUDA {meta['cuda']}; " if meta["gpu"] else ""
+    threads = "" if meta["gpu"] else f", {meta['threads']} threads"
+    return (
+        f"`{meta['command']}` on {gpu}{meta['hardware']}{threads}; {meta['date']}, commit "
+        f"{(meta['commit'] or 'unknown')[:12]}{' with changes' if meta['dirty'] else ''}; Python {meta['python']}, "
+        f"{versions}. Plain matrix products reach {result['gemm_ceiling_tflops']:.3g} TFLOP/s here.\n"
+    )
 
 
 def _version(name: str) -> str | None:

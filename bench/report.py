@@ -8,6 +8,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from bench import step_report
+from bench.machine import provenance
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
@@ -31,11 +34,16 @@ def full_report(result: dict[str, Any]) -> str:
 def readme_section(results: Path = RESULTS) -> str | None:
     """What belongs between the README's markers: the main points of every result; None without results."""
     found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    return "\n".join(line for result in found for line in _sections(result, every=False)).rstrip() if found else None
+    lines = (line for result in found for line in _main_lines(result))
+    return "\n".join(lines).rstrip() if found else None
+
+
+def _main_lines(result: dict[str, Any]) -> Iterator[str]:
+    return step_report.sections(result) if "shape" in result else _sections(result, every=False)
 
 
 def _sections(result: dict[str, Any], *, every: bool) -> Iterator[str]:
-    yield _provenance(result)
+    yield provenance(result)
     unit = ("ms", 1e3) if result["meta"]["device"] == "cuda" else ("s", 1.0)
     groups = [list(rows) for _, rows in groupby(result["rows"], key=lambda row: [row[key] for key in GROUP])]
     shown = [rows for rows in groups if every or rows[0]["main"]]
@@ -52,18 +60,6 @@ def _sections(result: dict[str, Any], *, every: bool) -> Iterator[str]:
     yield from _accuracy(result["accuracy"])
     if result["skipped"]:
         yield "Not run here: " + "; ".join(f"{x['contender']} ({x['reason']})" for x in result["skipped"]) + ".\n"
-
-
-def _provenance(result: dict[str, Any]) -> str:
-    meta = result["meta"]
-    versions = ", ".join(f"{name} {number}" for name, number in meta["versions"].items() if number)
-    gpu = f"{meta['gpu']}, driver {meta['driver']}, CUDA {meta['cuda']}; " if meta["gpu"] else ""
-    threads = "" if meta["gpu"] else f", {meta['threads']} threads"
-    return (
-        f"`{meta['command']}` on {gpu}{meta['hardware']}{threads}; {meta['date']}, commit "
-        f"{(meta['commit'] or 'unknown')[:12]}{' with changes' if meta['dirty'] else ''}; Python {meta['python']}, "
-        f"{versions}. Plain matrix products reach {result['gemm_ceiling_tflops']:.3g} TFLOP/s here.\n"
-    )
 
 
 def _table(rows: list[Row], unit: str, scale: float) -> Iterator[str]:

@@ -27,7 +27,9 @@ class GateError(RuntimeError):
     """fastpo is wrong, so nothing is reported."""
 
 
-def spawn(job: dict[str, Any], limit: float, threads: int | None = None) -> tuple[list[dict[str, Any]], str]:
+def spawn(
+    job: dict[str, Any], limit: float, threads: int | None = None, *, module: str = "bench.worker"
+) -> tuple[list[dict[str, Any]], str]:
     """The lines that one worker printed within `limit` seconds, and why it ended badly ("" if it did not)."""
     # Huge pages: without them the contenders with large buffers mostly measure page faults.
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
@@ -36,7 +38,7 @@ def spawn(job: dict[str, Any], limit: float, threads: int | None = None) -> tupl
         environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"],
+            [sys.executable, "-m", module],
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
         try:

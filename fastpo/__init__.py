@@ -22,12 +22,12 @@ from fastpo.types import (
 if TYPE_CHECKING:
     from fastpo.architecture import load_heads
     from fastpo.arguments import PreferenceTrainingArguments
-    from fastpo.data import PreferenceCollator
+    from fastpo.collation import PreferenceCollator
     from fastpo.trainer import PreferenceTrainer
 
 # These need transformers and datasets, which the loss import alone does without.
 _TRAINER_SIDE = {
-    "PreferenceCollator": "fastpo.data",
+    "PreferenceCollator": "fastpo.collation",
     "PreferenceTrainer": "fastpo.trainer",
     "PreferenceTrainingArguments": "fastpo.arguments",
     "load_heads": "fastpo.architecture",

@@ -10,17 +10,22 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, segment_reduce
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from fastpo.ops import linear_logps, linear_sequence_stats
+from fastpo.adapters import adapters_disabled, check_head_lora, head_lora
+from fastpo.attention import PACKS_BY_POSITION, SDPA_PATHS
+from fastpo.layout import IGNORED, Rows, positions, prompts, responses, shared_lengths, sides
+from fastpo.ops import joint_linear_sequence_stats, linear_logps, linear_sequence_stats
 from fastpo.types import AnySequenceStats, ExtendedSequenceStats, SequenceStats
 
-IGNORED = -100
+# A batch's fields that a model reads.
+TOKENS = ("input_ids", "attention_mask", "completion_mask", "paths")
 # How config classes name what their forward does to the logits.
 SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 SCALE_FIELDS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}  # exponents
@@ -35,14 +40,22 @@ class Wanted:
     Attributes:
         shared_logps, log_sum_sq_probs: the fields of `ExtendedSequenceStats`.
         variance: the Disco head's mean and variance at the last token of each response.
-        prompt: prompt features of `BetaHeadConfig`, of the first `prompt_rows` rows.
+        reference: the statistics of the model without its adapter too.
+        prompt: prompt features of `BetaHeadConfig`, of the first `prompt_rows` rows; of the model without its adapter
+            where `reference` is set.
+        log_s: the Beta head's answer.
+        one_side_at_a_time: hold the activations of the chosen or of the rejected responses, never both; the backward
+            runs each forward again.
     """
 
     shared_logps: bool = False
     log_sum_sq_probs: bool = False
     variance: bool = False
+    reference: bool = False
     prompt: tuple[str, ...] = ()
     prompt_rows: int = 0
+    log_s: bool = False
+    one_side_at_a_time: bool = False
 
 
 @dataclass
@@ -54,6 +67,9 @@ class StatsOutput(ModelOutput):
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     shared_logps: Tensor | None = None
+    ref_logps: Tensor | None = None
+    ref_entropy: Tensor | None = None
+    ref_shared_logps: Tensor | None = None
     mean: Tensor | None = None  # (R,) of the Disco head
     variance: Tensor | None = None  # (R,)
     prompt_hidden: Tensor | None = None  # (prompt_rows, D) at the last token of the prompt
@@ -63,6 +79,14 @@ class StatsOutput(ModelOutput):
 
     def sequence_stats(self) -> AnySequenceStats:
         return ExtendedSequenceStats(*(self.get(name) for name in ExtendedSequenceStats._fields))
+
+    def reference_stats(self) -> AnySequenceStats:
+        found = {name: self.get(f"ref_{name}") for name in ("logps", "entropy", "shared_logps")}
+        return ExtendedSequenceStats(lengths=self["lengths"], **found)
+
+    def prompt_features(self) -> dict[str, Tensor]:
+        """Name -> feature, those that were wanted."""
+        return {name.removeprefix("prompt_"): value for name, value in self.items() if name.startswith("prompt_")}
 
 
 def model_stats(
@@ -74,11 +98,13 @@ def model_stats(
     """Statistics of each row's completion under `model`, which may be wrapped; see `install_stats_forward`.
 
     Args:
-        batch: input_ids (R, T) int64, attention_mask (R, T), completion_mask (R, T): 1 on the tokens that count.
+        batch: input_ids (R, T) int64, attention_mask (R, T), completion_mask (R, T): 1 on the tokens that count; or
+            input_ids (1, N) and paths (R, 4), see `fastpo.layout`.
         wanted: what else to compute.
-        prompt: prompt features by name, for the model's Beta head to make log s of.
+        prompt: prompt features by name, for the model's Beta head to make log s of, as far as `wanted.prompt` does
+            not name them.
     """
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "completion_mask")}
+    inputs = {name: batch[name] for name in TOKENS if name in batch}
     asked = {"wanted": wanted, "prompt": prompt}
     return model(**inputs, **{name: value for name, value in asked.items() if value is not None})
 
@@ -90,14 +116,6 @@ def sequence_stats(
     batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
     output = model_stats(model, batch)
     return SequenceStats(output["logps"], output["lengths"], output["entropy"])
-
-
-def prompts_of(batch: Mapping[str, Tensor], pairs: int) -> dict[str, Tensor]:
-    """The prompts alone of the first `pairs` rows, cut to the longest."""
-    mask = batch["attention_mask"][:pairs] * (1 - batch["completion_mask"][:pairs])
-    width = int(mask.sum(dim=1).max())
-    ids = batch["input_ids"][:pairs, :width]
-    return {"input_ids": ids, "attention_mask": mask[:, :width], "completion_mask": torch.zeros_like(ids)}
 
 
 def causal_lm(model: Any) -> Any:
@@ -112,10 +130,12 @@ def install_stats_forward(model: Any) -> None:
         return
     plain = lm.forward
 
-    def forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if completion_mask is None:
+    def forward(self: Any, *args: Any, wanted: Wanted | None = None, prompt: Any = None, **kwargs: Any) -> Any:
+        if kwargs.get("completion_mask") is None and kwargs.get("paths") is None:
             return self._plain_forward(*args, **kwargs)
-        return _stats_forward(self, completion_mask=completion_mask, **kwargs)
+        batch = {name: kwargs.pop(name) for name in TOKENS if kwargs.get(name) is not None}
+        others = {name: value for name, value in kwargs.items() if value is not None and name not in TOKENS}
+        return _stats_forward(self, batch, Wanted() if wanted is None else wanted, prompt or {}, others)
 
     # generate() and the Trainer read the signature; functools.wraps would let accelerate unwrap us away.
     forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
@@ -127,21 +147,26 @@ def install_stats_forward(model: Any) -> None:
 def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
     """Weight (V, D) and bias (V,) of the output embedding, looked up anew because PEFT and FSDP replace it.
 
+    What LoRA adds to them is not in them: see `fastpo.adapters.head_lora`.
+
     Raises:
-        ValueError: the model has no separate backbone, no output embedding, LoRA on it, or ZeRO-3 shards of it.
+        ValueError: the model has no separate backbone, no output embedding, a quantised one, or ZeRO-3 shards of it.
     """
     if not hasattr(lm, "get_output_embeddings") or getattr(lm, "base_model", lm) is lm:
         raise ValueError(f"model must be a causal LM with a backbone below its head, got {type(lm).__name__}")
     head = lm.get_output_embeddings()
     if head is None:
         raise ValueError(f"model must have an output embedding, got {type(lm).__name__} without one")
-    if hasattr(head, "base_layer"):
-        raise ValueError("peft_config must not put LoRA on the LM head (use modules_to_save for it)")
+    if hasattr(head, "base_layer") and not hasattr(head, "lora_A"):
+        raise ValueError(f"peft_config must put LoRA or modules_to_save on the LM head, got {type(head).__name__}")
+    check_head_lora(head)
     weight, bias = head.weight, getattr(head, "bias", None)
     if isinstance(weight, DTensor) and weight.requires_grad:
         raise ValueError("an LM head that is trained and sharded apart (FSDP2) is not supported in this version")
     if hasattr(weight, "ds_id"):
         raise ValueError("DeepSpeed ZeRO-3 shards of the LM head are not supported in this version; use ZeRO-2")
+    if not weight.is_floating_point():
+        raise ValueError(f"the LM head must not be quantised, got a weight of {weight.dtype}")
     return _whole(weight), None if bias is None else _whole(bias)
 
 
@@ -160,75 +185,123 @@ def logit_options(config: Any) -> dict[str, Any]:
     return {"logit_scale": scale, "softcap": caps[0] if caps else None}
 
 
-def _stats_forward(
-    lm: Any,
-    *,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    completion_mask: Tensor,
-    wanted: Wanted | None = None,
-    prompt: dict[str, Tensor] | None = None,
-    **kwargs: Any,
-) -> StatsOutput:
-    wanted = Wanted() if wanted is None else wanted
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    hidden = lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **given)[0]
-    weight, bias = head_parameters(lm)
-    if not torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(weight.dtype)  # norms kept in fp32 (k-bit training) feed a 16-bit head
-    input_ids, attention_mask, completion_mask = (
-        x.to(hidden.device) for x in (input_ids, attention_mask, completion_mask)
-    )
-    options = {"ignore_index": IGNORED, **logit_options(lm.config.get_text_config())}
-    extras = ("log_sum_sq_probs",) * wanted.log_sum_sq_probs
-    labels = aligned_labels(input_ids, completion_mask)
-    stats: AnySequenceStats
-    if wanted.shared_logps:
-        ends = _shared_ends(completion_mask)
-        stats = _joined(
-            linear_sequence_stats(
-                hidden.flatten(0, 1), weight, labels.flatten(), bias, cu_seqlens=ends, extras=extras, **options
-            )
+class _Head(NamedTuple):
+    """K rows of hidden states, and the LM head that they go through."""
+
+    hidden: Tensor  # (K, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    lora: tuple[Tensor, Tensor] | None  # (K, r), (V, r)
+    options: dict[str, Any]  # of the ops
+
+    @classmethod
+    def of(cls, lm: Any, hidden: Tensor) -> "_Head":
+        weight, bias = head_parameters(lm)
+        if not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(weight.dtype)  # norms kept in fp32 (k-bit training) feed a 16-bit head
+        options = {"ignore_index": IGNORED, **logit_options(lm.config.get_text_config())}
+        return cls(hidden, weight, bias, head_lora(lm.get_output_embeddings(), hidden), options)
+
+    def stats(self, rows: Rows, shared: Tensor | None, extras: tuple[str, ...] = ()) -> AnySequenceStats:
+        """Statistics of the sequences in `rows`; with shared (S,), also of so many of their first tokens."""
+        ends = rows.ends if shared is None else rows.split_ends(shared)
+        stats = linear_sequence_stats(
+            self.hidden, self.weight, rows.labels, self.bias, cu_seqlens=ends, extras=extras, lora=self.lora,
+            **self.options,
+        )  # fmt: skip
+        return stats if shared is None else _joined(stats)
+
+    def stats_beside(self, reference: "_Head", rows: Rows, shared: Tensor | None) -> tuple[AnySequenceStats, ...]:
+        """Its statistics and the reference's; in one pass where both have the same head."""
+        if self.weight is not reference.weight or self.bias is not reference.bias or self.lora is not None:
+            return self.stats(rows, shared), reference.stats(rows, shared)
+        ends = rows.ends if shared is None else rows.split_ends(shared)
+        found = joint_linear_sequence_stats(
+            self.hidden, reference.hidden, self.weight, rows.labels, self.bias, cu_seqlens=ends, **self.options
         )
-    else:
-        stats = linear_sequence_stats(hidden, weight, labels, bias, extras=extras, **options)
-    found: dict[str, Any] = stats._asdict()
-    if wanted.variance:
-        found["mean"], found["variance"] = lm.disco_head(hidden[_rows_of(hidden), _last(completion_mask)])
-    if wanted.prompt:
-        rows = slice(wanted.prompt_rows)
-        mask = attention_mask[rows] * (1 - completion_mask[rows])
-        found |= _prompt_features(hidden[rows], weight, input_ids[rows], mask, bias, wanted.prompt, options)
-    if prompt is not None:
-        found["log_s"] = lm.beta_head.log_s(**prompt)
-    return StatsOutput(**found)
+        return tuple(stats if shared is None else _joined(stats) for stats in (found.policy, found.reference))
 
 
-def aligned_labels(input_ids: Tensor, completion_mask: Tensor) -> Tensor:
-    """(R, T) labels such that position t predicts labels[t]: the next token where it belongs to the completion."""
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[:, :-1] = torch.where(completion_mask[:, 1:].bool(), input_ids[:, 1:], IGNORED)
-    return labels
+def _stats_forward(
+    lm: Any, batch: dict[str, Tensor], wanted: Wanted, prompt: Mapping[str, Tensor], others: dict[str, Any]
+) -> StatsOutput:
+    # The first side is the chosen one: its prompts are the pairs'.
+    parts = sides(batch) if wanted.one_side_at_a_time else (batch,)
+    shared = shared_lengths(batch).chunk(len(parts)) if wanted.shared_logps else (None,) * len(parts)
+    found = [
+        _side_stats(lm, part, wanted, others, split, wanted.prompt if i == 0 else ())
+        for i, (part, split) in enumerate(zip(parts, shared, strict=True))
+    ]
+    stats = {name: torch.cat([part[name] for part in found if name in part]) for name in found[0]}
+    if wanted.log_s:
+        features = {**prompt, **{name: stats[f"prompt_{name}"] for name in wanted.prompt}}
+        stats["log_s"] = lm.beta_head.log_s(**{name: features[name] for name in lm.beta_head.config.features})
+    return StatsOutput(**stats)
 
 
-def _last(mask: Tensor) -> Tensor:
-    """(R,) position of each row's last 1; 0 in a row without."""
-    return (mask.bool() * torch.arange(mask.shape[1], device=mask.device)).amax(dim=1)
+def _side_stats(
+    lm: Any,
+    batch: dict[str, Tensor],
+    wanted: Wanted,
+    others: dict[str, Any],
+    shared: Tensor | None,
+    features: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Fields of `StatsOutput`, of one side or of both; features of the prompt only as far as named."""
+    rows = responses(batch)
+    found: dict[str, Tensor] = {}
+    reference: _Head | None = None
+    if wanted.reference:
+        # First, so that its activations are gone before the policy's come.
+        with adapters_disabled(lm):
+            hidden = _hidden_states(lm, batch, others)
+            reference = _Head.of(lm, rows.of(hidden))
+            found |= _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
+            features = ()
+            if wanted.one_side_at_a_time or wanted.log_sum_sq_probs:  # there is no joint pass for these
+                found |= _of_reference(reference.stats(rows, shared))
+                reference = None
+
+    def policy() -> dict[str, Tensor]:
+        hidden = _hidden_states(lm, batch, others)
+        head = _Head.of(lm, rows.of(hidden))
+        own: dict[str, Tensor] = {}
+        if reference is None:
+            stats = head.stats(rows, shared, ("log_sum_sq_probs",) * wanted.log_sum_sq_probs)
+        else:
+            stats, beside = head.stats_beside(reference, rows, shared)
+            own |= _of_reference(beside)
+        own |= _named(stats)
+        if wanted.variance:
+            own["mean"], own["variance"] = lm.disco_head(hidden.flatten(0, 1)[rows.last])
+        return own | _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
+
+    if wanted.one_side_at_a_time and torch.is_grad_enabled():
+        return found | checkpoint(policy, use_reentrant=False)
+    return found | policy()
 
 
-def _rows_of(hidden: Tensor) -> Tensor:
-    return torch.arange(hidden.shape[0], device=hidden.device)
+def _hidden_states(lm: Any, batch: Mapping[str, Tensor], others: dict[str, Any]) -> Tensor:
+    """(R, T, D) of a batch on the model's device."""
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch.get("attention_mask")}
+    if "paths" in batch:
+        implementation, paths = lm.config._attn_implementation, batch["paths"]
+        if implementation == SDPA_PATHS:
+            inputs["attention_mask"] = paths.cpu()[None, None]
+        elif implementation not in PACKS_BY_POSITION or len(paths[:, 0].unique()) < len(paths):
+            raise ValueError(
+                f"paths need attention along them (see fastpo.attention), got attn_implementation {implementation!r}"
+            )
+        inputs["position_ids"] = positions(batch)
+    return lm.base_model(**inputs, use_cache=False, **others)[0]
 
 
-def _shared_ends(completion_mask: Tensor) -> Tensor:
-    """(2R+1,) boundaries, in flattened rows, of [prompt and the tokens within the shorter response | the rest]."""
-    rows, width = completion_mask.shape
-    lengths = completion_mask.sum(dim=1)
-    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
-    # A completion that starts at token c is predicted from c - 1.
-    split = (_last(completion_mask) - lengths + shared).clamp(min=0)
-    ends = torch.arange(rows + 1, device=split.device) * width
-    return torch.cat((torch.stack((ends[:-1], ends[:-1] + split), dim=1).flatten(), ends[-1:]))
+def _named(stats: AnySequenceStats) -> dict[str, Tensor]:
+    return {name: value for name, value in stats._asdict().items() if value is not None}
+
+
+def _of_reference(stats: AnySequenceStats) -> dict[str, Tensor]:
+    return {f"ref_{name}": value for name, value in _named(stats).items() if name != "lengths"}
 
 
 def _joined(parts: AnySequenceStats) -> ExtendedSequenceStats:
@@ -242,26 +315,23 @@ def _joined(parts: AnySequenceStats) -> ExtendedSequenceStats:
 
 @torch.no_grad()
 def _prompt_features(
-    hidden: Tensor,
-    weight: Tensor,
-    input_ids: Tensor,
-    prompt_mask: Tensor,
-    bias: Tensor | None,
-    names: tuple[str, ...],
-    options: dict[str, Any],
+    lm: Any, hidden: Tensor, batch: Mapping[str, Tensor], names: tuple[str, ...], count: int
 ) -> dict[str, Tensor]:
     """Fields prompt_* of `StatsOutput`; perplexity and entropy project the prompt's positions."""
-    found = {}
+    found: dict[str, Tensor] = {}
+    if not names:
+        return found
+    take, lengths = prompts(batch, count)
+    last = lengths.cumsum(0) - 1
     if "hidden" in names:
-        found["prompt_hidden"] = hidden[_rows_of(hidden), _last(prompt_mask)]
+        found["prompt_hidden"] = hidden.flatten(0, 1)[take[last]]
     if "perplexity" in names or "entropy" in names:
-        labels = aligned_labels(input_ids, prompt_mask)
-        predicted = labels != IGNORED
+        head = _Head.of(lm, hidden.flatten(0, 1)[take])
         # The last token of the prompt predicts none of it, but its entropy counts: any label will do there.
-        logps, entropy = linear_logps(
-            hidden, weight, torch.where(prompt_mask.bool() & ~predicted, 0, labels), bias, **options
-        )
-        nll = -torch.where(predicted, logps, 0).sum(dim=1) / predicted.sum(dim=1).clamp(min=1)
-        found["prompt_perplexity"] = nll.exp()
-        found["prompt_entropy"] = entropy.sum(dim=1) / prompt_mask.sum(dim=1).clamp(min=1) / math.log(weight.shape[0])
+        labels = batch["input_ids"].flatten()[take].roll(-1)
+        logps, entropy = linear_logps(head.hidden, head.weight, labels, head.bias, lora=head.lora, **head.options)
+        logps[last] = 0
+        nll, total = (segment_reduce(x, "sum", lengths=lengths) for x in (-logps, entropy))
+        found["prompt_perplexity"] = (nll / (lengths - 1).clamp(min=1)).exp()
+        found["prompt_entropy"] = total / lengths / math.log(head.weight.shape[0])
     return found

@@ -68,17 +68,28 @@ class RunawayBeta(TrainerCallback):
 
 
 class EarlierLoss(TrainerCallback):
-    """Makes train_loss of a resumed run the mean over all its steps; transformers counts those since the resumption."""
+    """Makes train_loss of a resumed run the mean over all its steps; transformers counts those since the resumption.
+
+    Saving implies logging here: a checkpoint does not hold the first part of a mean that runs across it, so that the
+    loss logged next would not be that of an uninterrupted run.
+    """
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # With the strategy "best", whether to save is known only after the evaluation.
+        control.should_log |= control.should_save or (args.save_strategy == "best" and control.should_evaluate)
+
+    on_epoch_end = on_step_end
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         before = 0
         for row in state.log_history:
             if "loss" in row:
-                self.trainer._total_loss_scalar += row["loss"] * (row["step"] - before)
-                before = row["step"]
+                made = row["step"] - row.get("skipped_steps", 0)
+                self.trainer._total_loss_scalar += row["loss"] * (made - before)
+                before = made
 
 
 class Meter:
@@ -93,9 +104,16 @@ class Meter:
         for name, value in metrics.items():
             self._values[name].append(value)
 
+    def forget(self, batches: int) -> None:
+        """Take the last so many batches back."""
+        kept = len(self._weights) - batches
+        del self._weights[kept:]
+        for values in self._values.values():
+            del values[kept:]
+
     def collect(self, accelerator: Any) -> dict[str, float]:
         """Over all processes, in two exchanges; every process must call it with the same names."""
-        if not self._values:
+        if not self._weights:
             return {}
         stacked = {name: torch.stack(values).double() for name, values in self._values.items()}
         device = next(iter(stacked.values())).device

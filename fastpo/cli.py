@@ -9,7 +9,11 @@ INPUT_ERRORS = (ValueError, TypeError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 1 for bad input, 2 for bad usage."""
+    """Run a command; returns the exit status: 0, or 1 for bad input, a diverging loss, a disk that is full.
+
+    Raises:
+        SystemExit: bad usage (2), SIGTERM (143).
+    """
     parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation without logits in memory.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,plan,explain,methods,demo}")
     for name, text in (
@@ -57,13 +61,14 @@ def _train(path: str, overrides: list[str]) -> int:
     status = _reporting_bad_input(prepare)
     if status:
         return status
+    from fastpo.files import SaveError
     from fastpo.reporting import final_table
     from fastpo.run import run_training
 
     (trainer,) = prepared
     try:
         pictures = run_training(trainer)
-    except FloatingPointError as error:
+    except (FloatingPointError, SaveError) as error:
         return _complain(error)
     if trainer.is_world_process_zero():
         output_dir = trainer.args.output_dir

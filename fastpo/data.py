@@ -1,4 +1,4 @@
-"""Preference data: read files, bring every known form to one, tokenise, collate.
+"""Preference data: read files, bring every known form to one, tokenise.
 
 The one form is a `Pair`: a prompt and its completions, as text or as chat messages. To add a dataset form, write a
 function from row to `Pair` and add its line to `FORMS`.
@@ -8,23 +8,24 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
-
-from fastpo.types import PreferenceBatch
 
 logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 Text = str | Messages
-# Columns of the caller's own that travel to the loss, of numbers and of vectors; see `PreferenceBatch`.
+# The reference's statistics, computed beforehand; lengths follow from the tokens.
+REFERENCE_COLUMNS = tuple(
+    f"ref_{side}_{name}" for side in ("chosen", "rejected") for name in ("logps", "entropy", "shared_logps")
+)
+# Columns that travel to the loss, of numbers and of vectors; see `PreferenceBatch`.
 NUMBER_COLUMNS = (
     "context_scale", "pair_weight", "score_chosen", "score_rejected", "prompt_perplexity", "prompt_entropy",
+    *REFERENCE_COLUMNS,
 )  # fmt: skip
 VECTOR_COLUMNS = ("prompt_hidden",)
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
@@ -341,50 +342,3 @@ def _encode(prompt: Text, completion: Text, tokenizer: Any) -> tuple[list[int], 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-# --- collating ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PreferenceCollator:
-    """Rows of `tokenize_dataset` into a `PreferenceBatch`: prompt + completion, padded on the right.
-
-    Args:
-        pad_token_id: fills the padding; it is masked from attention and loss.
-        stage: "dpo": chosen rows, then rejected rows; "sft": chosen rows alone.
-    """
-
-    pad_token_id: int
-    stage: str = "dpo"
-
-    def __call__(self, rows: list[dict[str, Any]]) -> PreferenceBatch:
-        sides = ("chosen_ids",) if self.stage == "sft" else ("chosen_ids", "rejected_ids")
-        pairs = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
-        shape = (len(pairs), max(len(prompt) + len(completion) for prompt, completion in pairs))
-        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
-        attention_mask, completion_mask = torch.zeros((2, *shape), dtype=torch.int64)
-        for i, (prompt, completion) in enumerate(pairs):
-            end = len(prompt) + len(completion)
-            input_ids[i, :end] = torch.tensor([*prompt, *completion])
-            attention_mask[i, :end] = 1
-            completion_mask[i, len(prompt) : end] = 1
-        batch: PreferenceBatch = {
-            "index": torch.tensor([row["index"] for row in rows]),  # first: the Trainer reads the batch size off it
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "completion_mask": completion_mask,
-        }
-        for name in VECTOR_COLUMNS:
-            for row in rows:
-                if name in row and len(row[name]) != len(rows[0][name]):
-                    raise ValueError(
-                        f"{name!r} must have one length in all rows, got {len(row[name])} in row {row['index']} and "
-                        f"{len(rows[0][name])} in row {rows[0]['index']}"
-                    )
-        own: dict[str, Any] = {
-            name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
-            for name in (*NUMBER_COLUMNS, *VECTOR_COLUMNS)
-            if name in rows[0]
-        }
-        return cast(PreferenceBatch, batch | own)

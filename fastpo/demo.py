@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
 from fastpo.backbone import install_stats_forward, sequence_stats
-from fastpo.data import PreferenceCollator, tokenize_dataset
+from fastpo.collation import PreferenceCollator
+from fastpo.data import tokenize_dataset
 from fastpo.memory import head_memory
 from fastpo.planted import planted_preferences
 from fastpo.recipe import parse_recipe

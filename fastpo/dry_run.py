@@ -18,8 +18,10 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from fastpo.arguments import PreferenceTrainingArguments
+from fastpo.data import VECTOR_COLUMNS
 from fastpo.recipe import RecipeArguments, build_peft_config, model_config, weights_dtype
-from fastpo.shape_mode import ShapeMode, Stretch
+from fastpo.reference_model import Reference
+from fastpo.shape_mode import ShapeMode
 from fastpo.trainer import PreferenceTrainer
 
 STEPS, MICRO_BATCHES = 2, 2
@@ -58,20 +60,23 @@ def lengths_of(rows: Dataset) -> list[Lengths]:
     return [Lengths(*row) for row in zip(*columns, strict=True)]
 
 
-def longest_batch(rows: list[Lengths], size: int) -> list[Lengths]:
-    """The `size` longest rows, one of them with padding: with a mask, attention takes more than without."""
-    rows = sorted(rows, key=lambda row: (row.longest, sum(row)), reverse=True)
-    batch = rows[:size]
+def longest_batches(rows: list[Lengths], size: int) -> list[list[Lengths]]:
+    """Batches of `size` rows of which one needs the most memory: the longest rows, one of them with padding (with a
+    mask, attention takes more than without), and the rows of the most tokens, where prompts are shared."""
+    by_length = sorted(rows, key=lambda row: (row.longest, sum(row)), reverse=True)
+    batch = by_length[:size]
     if size > 1 and len({row.prompt + side for row in batch for side in row[1:] if side}) == 1:
-        batch[-1] = next((row for row in rows[size:] if row.longest < batch[0].longest), batch[-1])
-    return batch
+        batch[-1] = next((row for row in by_length[size:] if row.longest < batch[0].longest), batch[-1])
+    most_tokens = sorted(rows, key=sum, reverse=True)[:size]
+    return [batch] if sorted(most_tokens) == sorted(batch) else [batch, most_tokens]
 
 
 def dry_run(
     recipe: RecipeArguments, args: PreferenceTrainingArguments, rows: list[Lengths], config: Any, on_gpu: bool
-) -> list[Stretch]:
-    """Stretches of a run in which every batch has these rows: the same ones, in the same order, for every number of
-    layers in `config`.
+) -> list[dict[str, int]]:
+    """Bytes by part at the highest moment of each stretch of a run in which every batch has these rows.
+
+    The stretches are the same ones, in the same order, for every number of layers in `config`.
 
     Raises:
         ValueError, TypeError: as the trainer, or `optim` is one whose states are not known here.
@@ -80,7 +85,7 @@ def dry_run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet())
         args = _dry_args(args, len(rows), stack.enter_context(tempfile.TemporaryDirectory()))
-        data = _dataset(rows, STEPS * args.gradient_accumulation_steps, args)
+        data = _dataset(rows, STEPS * args.gradient_accumulation_steps, args, config)
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _cast_in_place))
         stack.enter_context(mode)
         trainer = _DryTrainer(
@@ -126,7 +131,7 @@ class _DryTrainer(PreferenceTrainer):
             with self.mode.part("optimizer"):
                 return step(*args, **kwargs)
 
-        optimizer.step = noted_step  # type: ignore[method-assign]
+        optimizer.step = noted_step
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -178,7 +183,7 @@ class _Tokenizer:
 
 def _model(recipe: RecipeArguments, config: Any) -> Any:
     eager = {"attn_implementation": "eager"} if recipe.attn_implementation == "eager" else {}
-    dtype = weights_dtype(recipe)
+    dtype: Any = weights_dtype(recipe)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **eager)
@@ -191,8 +196,8 @@ def _reference(recipe: RecipeArguments) -> Any:
     return _model(recipe, planned_config(other))
 
 
-def _dataset(rows: list[Lengths], batches: int, args: PreferenceTrainingArguments) -> Dataset:
-    """Tokenised rows; of what the reference would say of them, if it shall be known before training."""
+def _dataset(rows: list[Lengths], batches: int, args: PreferenceTrainingArguments, config: Any) -> Dataset:
+    """Tokenised rows, with what the reference would say of them if it is asked before training."""
     columns: dict[str, list[Any]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for row in rows * batches:
         for name, length in zip(columns, row, strict=True):
@@ -200,6 +205,11 @@ def _dataset(rows: list[Lengths], batches: int, args: PreferenceTrainingArgument
     columns["index"] = list(range(len(rows) * batches))
     if args.stage == "sft":
         del columns["rejected_ids"]
+    if args.precompute_ref_log_probs:
+        vector = [0.0] * config.get_text_config().hidden_size
+        lacking = Reference(args.preference_config, args.stage).lacking(columns)
+        for name in lacking.columns():
+            columns[name] = [vector if name in VECTOR_COLUMNS else 0.0] * len(columns["index"])
     return Dataset.from_dict(columns)
 
 

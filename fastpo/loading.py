@@ -1,11 +1,10 @@
-"""Models as the trainer wants them: loaded, without dropout, with an adapter."""
+"""Models as the trainer wants them: loaded, and without dropout."""
 
 from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.backbone import causal_lm
 
 
@@ -30,12 +29,3 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-
-
-def add_adapter(model: Any, peft_config: Any, args: PreferenceTrainingArguments) -> Any:
-    from peft import get_peft_model
-
-    if args.gradient_checkpointing:
-        # Checkpointed blocks of a frozen backbone have no gradient to follow unless their input asks for one.
-        model.enable_input_require_grads()
-    return get_peft_model(model, peft_config)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from fastpo.ops import IMPLEMENTATIONS, linear_logps
+from fastpo.op_checks import IMPLEMENTATIONS
+from fastpo.ops import linear_logps
 
 M_MMAP_THRESHOLD = -3  # of malloc.h
 

@@ -1,7 +1,7 @@
 """How much memory a recipe's training needs, what would make it fit, and the most that fits.
 
-The figures come from a run of the training itself on tensors without data (`fastpo.dry_run`): of all its layers where
-there are few, else of two and of four of them, from which each stretch of the run is carried on in a straight line.
+The figures come from a run of the training itself on tensors without data (`fastpo.dry_run`): of all its layers and of
+the whole batch where these are few, else of two and of four, through which each stretch of the run has a straight line.
 """
 
 import copy
@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastpo.arguments import PreferenceTrainingArguments
-from fastpo.dry_run import PARTS, Lengths, dry_run, lengths_at, longest_batch, planned_config
+from fastpo.dry_run import PARTS, Lengths, dry_run, lengths_at, longest_batches, planned_config
 from fastpo.recipe import RecipeArguments
 
 GB = 10**9
-FEW_LAYERS, MORE_LAYERS = 2, 4
+FEW, MORE = 2, 4  # layers, and rows of a batch
 # Memory of cards, in GB, as they are sold.
 GPUS = {
     "T4": 16, "V100": 16, "RTX-3090": 24, "RTX-4090": 24, "L4": 24, "A10G": 24, "A100-40GB": 40, "L40S": 48,
@@ -65,20 +65,25 @@ class Planner:
         """Of the recipe with some of its fields changed."""
         recipe, args = self._changed(changes)
         config = planned_config(recipe)
-        rows = self._batch(args)
-        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if layers <= MORE_LAYERS or not _uniform(config):
-            stretches = [s.parts for s in dry_run(recipe, args, rows, config, self.on_gpu)]
-        else:
-            few, more = (
-                dry_run(recipe, args, rows, _with_layers(config, count), self.on_gpu)
-                for count in (FEW_LAYERS, MORE_LAYERS)
-            )
-            steps = (layers - FEW_LAYERS) / (MORE_LAYERS - FEW_LAYERS)
-            stretches = [_carried_on(a.parts, b.parts, steps) for a, b in zip(few, more, strict=True)]
-        highest = max(stretches, key=lambda parts: sum(parts.values()))
+        highest = max((self._highest(recipe, args, rows, config) for rows in self._batches(args)), key=_total)
         parts = {name: highest.get(name, 0) for name in PARTS}
         return Prediction(parts if self.on_gpu else parts | {"libraries": LIBRARIES})
+
+    def _highest(
+        self, recipe: RecipeArguments, args: PreferenceTrainingArguments, rows: list[Lengths], config: Any
+    ) -> dict[str, int]:
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        by_layers = layers > MORE and _uniform(config)
+        by_rows = len(rows) > MORE and self.rows is None
+
+        def stretches(layers: int, rows: list[Lengths]) -> list[dict[str, int]]:
+            return dry_run(recipe, args, rows, _with_layers(config, layers) if by_layers else config, self.on_gpu)
+
+        def of_rows(count: int) -> list[dict[str, int]]:
+            few_rows = rows[len(rows) - count :]
+            return _straight(lambda n: stretches(n, few_rows), layers) if by_layers else stretches(layers, few_rows)
+
+        return max(_straight(of_rows, len(rows)) if by_rows else of_rows(len(rows)), key=_total)
 
     def _changed(self, changes: dict[str, Any]) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
         of_recipe = {field.name for field in dataclasses.fields(self.recipe)} & set(changes)
@@ -88,11 +93,12 @@ class Planner:
             setattr(args, name, changes[name])
         return recipe, args
 
-    def _batch(self, args: PreferenceTrainingArguments) -> list[Lengths]:
+    def _batches(self, args: PreferenceTrainingArguments) -> list[list[Lengths]]:
         size = args.per_device_train_batch_size
         if self.rows is not None:
-            return longest_batch(self.rows, size)
-        return longest_batch([lengths_at(args.max_length)] * size + [lengths_at(args.max_length - 1)], size)
+            return longest_batches(self.rows, size)
+        # A row a token shorter, because hardly a real batch is without padding.
+        return longest_batches([lengths_at(args.max_length)] * size + [lengths_at(args.max_length - 1)], size)[:1]
 
     def largest(self, name: str, budget: int) -> int | None:
         """The largest per_device_train_batch_size or max_length whose prediction is within `budget` bytes."""
@@ -121,6 +127,10 @@ def _largest_within(cost: Callable[[int], int], budget: int, guess: float, most:
         known[n] = cost(n)
 
 
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
 def _uniform(config: Any) -> bool:
     """Whether every layer is like the others, as far as the config says."""
     text = config.get_text_config()
@@ -137,9 +147,13 @@ def _with_layers(config: Any, count: int) -> Any:
     return config
 
 
-def _carried_on(few: dict[str, int], more: dict[str, int], steps: float) -> dict[str, int]:
-    names = {*few, *more}
-    return {n: round(few.get(n, 0) + steps * (more.get(n, 0) - few.get(n, 0))) for n in names}
+def _straight(at: Callable[[int], list[dict[str, int]]], count: int) -> list[dict[str, int]]:
+    """The stretches at `count`, on the straight lines through those at a few and at some more."""
+    steps = (count - FEW) / (MORE - FEW)
+    return [
+        {name: round(few.get(name, 0) + steps * (more.get(name, 0) - few.get(name, 0))) for name in {*few, *more}}
+        for few, more in zip(at(FEW), at(MORE), strict=True)
+    ]
 
 
 def usable(memory: int, on_gpu: bool) -> int:

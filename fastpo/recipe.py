@@ -3,15 +3,23 @@
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import json
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    set_seed,
+)
 
 from fastpo.arguments import (
     OBJECTIVE_NAMES,
@@ -42,6 +50,7 @@ class RecipeArguments:
         "auto",
         "Weights: float32, bfloat16, float16, or auto: as saved under an adapter, float32 where all are trained.",
     )
+    load_in_4bit: bool = option(False, "QLoRA: hold the frozen weights in 4 bits (NF4, by bitsandbytes).")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = option(False, "Allow code from the model's repository.")
     dataset: str | None = option(None, "A JSON, JSONL or Parquet file, or a dataset's name.")
@@ -74,6 +83,8 @@ class RecipeArguments:
             raise ValueError(f"eval_fraction must be in [0, 1), got {self.eval_fraction!r}")
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"max_samples must be >= 1, got {self.max_samples!r}")
+        if self.load_in_4bit and not (self.use_peft and self.model_name_or_path):
+            raise ValueError("load_in_4bit needs use_peft and model_name_or_path: what is quantised is not trained")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
 
@@ -162,9 +173,8 @@ def check_output_dir(output_dir: str) -> None:
     """Make the folder and prove that it can be written, before any work is done."""
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        probe = Path(output_dir) / f".fastpo-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
     except OSError as error:
         raise ValueError(f"output_dir must be a writable folder, got {output_dir!r}: {error.strerror}") from None
 
@@ -203,7 +213,9 @@ def build_tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in
 
 def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
     """The model that the recipe names, or a new one from its config class, the same for the same seed."""
-    extra = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
+    extra: dict[str, Any] = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
+    if recipe.load_in_4bit:
+        extra["quantization_config"] = _four_bits(recipe.dtype)
     if recipe.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(
             recipe.model_name_or_path, dtype=weights_dtype(recipe), trust_remote_code=recipe.trust_remote_code, **extra
@@ -233,6 +245,15 @@ def model_config(recipe: RecipeArguments, tokenizer: Any) -> Any:
 def weights_dtype(recipe: RecipeArguments) -> str:
     """Steps of AdamW at preference learning rates are below the resolution of 16-bit weights and would be lost."""
     return "float32" if recipe.dtype == "auto" and not recipe.use_peft else recipe.dtype
+
+
+def _four_bits(dtype: str) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit needs bitsandbytes, which is not installed")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype="bfloat16" if dtype == "auto" else dtype,
+    )  # fmt: skip
 
 
 def build_reference(recipe: RecipeArguments) -> Any:

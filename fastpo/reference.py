@@ -9,6 +9,7 @@ def linear_logps_reference(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None = None,
     *,
     logit_scale: float,
     softcap: float | None,
@@ -21,9 +22,10 @@ def linear_logps_reference(
         weight: (V, D).
         labels: (N,) int64 in [0, V).
         bias: (V,) or None.
+        lora: projected (N, r) and lora_B (V, r), or None.
         logit_scale, softcap, temperature: as in `fastpo.linear_logps`.
     """
-    log_probs = _log_probs(hidden, weight, bias, logit_scale, softcap, temperature)
+    log_probs = _log_probs(hidden, weight, bias, lora, logit_scale, softcap, temperature)
     logps = log_probs.gather(-1, labels[:, None])[:, 0]
     # 0 log 0 = 0; the inner where keeps the gradient of the branch not taken finite.
     possible = log_probs != -torch.inf
@@ -42,9 +44,9 @@ def linear_kl_reference(
     temperature: float,
 ) -> Tensor:
     """KL(policy || reference) over the vocabulary (N,), in nats, from full logits; arguments as above."""
-    log_p = _log_probs(hidden, weight, bias, logit_scale, softcap, temperature)
+    log_p = _log_probs(hidden, weight, bias, None, logit_scale, softcap, temperature)
     log_q = _log_probs(
-        ref_hidden, weight.detach(), None if bias is None else bias.detach(), logit_scale, softcap, temperature
+        ref_hidden, weight.detach(), None if bias is None else bias.detach(), None, logit_scale, softcap, temperature
     )
     possible = log_p != -torch.inf
     ratio = torch.where(possible, log_p - torch.where(possible, log_q, 0), 0)
@@ -55,19 +57,21 @@ def log_sum_sq_probs_reference(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None = None,
     *,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
 ) -> Tensor:
     """log sum_v p_v^2 (N,) from full logits; arguments as above."""
-    return torch.logsumexp(2 * _log_probs(hidden, weight, bias, logit_scale, softcap, temperature), dim=-1)
+    return torch.logsumexp(2 * _log_probs(hidden, weight, bias, lora, logit_scale, softcap, temperature), dim=-1)
 
 
 def _log_probs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -75,6 +79,9 @@ def _log_probs(
     """(N, V) log-softmax of the logits."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logits = hidden.to(dtype) @ weight.to(dtype).T
+    if lora is not None:
+        projected, lora_b = lora
+        logits = logits + projected.to(dtype) @ lora_b.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logit_scale * logits

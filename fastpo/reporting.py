@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from fastpo.files import append_line, replacing
+
 METRICS_FILE = "metrics.jsonl"
 CURVES = {
     "loss": ("loss", "eval_loss"),
@@ -19,21 +21,29 @@ TABLE_ROWS = (
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to DIR/metrics.jsonl, one JSON object a line; a resumed run goes on where it left off."""
+    """Appends every log to DIR/metrics.jsonl, one JSON object a line; a resumed run goes on from its checkpoint's.
+
+    Raises:
+        SaveError: the file cannot be written.
+    """
 
     def __init__(self, output_dir: str) -> None:
         self.path = Path(output_dir) / METRICS_FILE
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            # What was logged after the checkpoint is about to be logged again.
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step and state.global_step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            # The file may say more than the checkpoint remembers, which is about to be logged again, or end in the
+            # middle of a line.
+            with replacing(self.path) as path:
+                path.write_text("".join(_line(row["step"], row) + "\n" for row in state.log_history))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+            append_line(self.path, _line(state.global_step, logs))
+
+
+def _line(step: int, logs: dict[str, Any]) -> str:
+    return json.dumps({"step": step, **logs})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -69,7 +79,8 @@ def draw_curves(output_dir: str | Path) -> list[Path]:
         axes.grid(alpha=0.3)
         axes.legend()
         drawn.append(Path(output_dir) / f"{title}.png")
-        figure.savefig(drawn[-1], dpi=120)
+        with replacing(drawn[-1]) as path:
+            figure.savefig(path, dpi=120)
         pyplot.close(figure)
     learned = [row for row in rows if "log_s/mean" in row]
     if learned:
@@ -96,7 +107,8 @@ def _draw_beta(rows: list[dict[str, Any]], path: Path) -> None:
     last.bar(list(bins), list(bins.values()))
     last.set(xlabel="beta_eff(x) / beta", ylabel="share of prompts, last log")
     last.tick_params(axis="x", rotation=45)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as aside:
+        figure.savefig(aside, dpi=120)
     pyplot.close(figure)
 
 

@@ -5,12 +5,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from fastpo.architecture import load_heads
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.callbacks import PeakMemory
+from fastpo.checkpoints import clear_staging, is_complete, newest_checkpoint
+from fastpo.files import replacing
 from fastpo.memory import hand_back_what_is_freed
+from fastpo.preemption import SaveOnSigterm
 from fastpo.recipe import (
     RecipeArguments,
     build_model,
@@ -30,35 +31,41 @@ logger = logging.getLogger(__name__)
 def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> PreferenceTrainer:
     """Everything before the first step. Whatever is wrong with the input is said here, as a ValueError or TypeError."""
     check_output_dir(args.output_dir)
-    args.resume_from_checkpoint = _checkpoint(args)
     with args.main_process_first(desc="reading the dataset"):
+        clear_staging(args.output_dir)
+        args.resume_from_checkpoint = _checkpoint(args)
         train, held_out = read_splits(recipe, args.seed, args.stage)
-        earlier = args.output_dir if args.resume_from_checkpoint else None
-        tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=earlier)
+        tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=args.resume_from_checkpoint)
         train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
     peft_config = build_peft_config(recipe)  # imports what is not weights, and so before the meter
     if args.device.type == "cpu":
         hand_back_what_is_freed()
     memory = PeakMemory(args.device)
-    trainer = PreferenceTrainer(
+    return PreferenceTrainer(
         model=build_model(recipe, args, tokenizer),
         ref_model=build_reference(recipe),
         args=args,
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(args.output_dir), memory],
+        callbacks=[MetricsFile(args.output_dir), SaveOnSigterm(), memory],
         peft_config=peft_config,
     )
-    if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(args.output_dir)
-    return trainer
 
 
 def run_training(trainer: PreferenceTrainer) -> list[Path]:
-    """Train or go on, evaluate, save model and curves; returns the pictures."""
+    """Train or go on, evaluate, save model and curves; returns the pictures.
+
+    Raises:
+        FloatingPointError: a loss or a gradient is not finite.
+        SaveError: something cannot be written.
+        SystemExit: SIGTERM, as `SaveOnSigterm`.
+    """
     args = trainer.args
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:
+        trainer.pop_callback(SaveOnSigterm).restore()
     if trainer.eval_dataset is not None:
         trainer.evaluate()
     trainer.save_model(args.output_dir)
@@ -84,7 +91,8 @@ def evaluate(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> dict
         model=model, ref_model=reference, args=args, eval_dataset=rows, processing_class=tokenizer
     )
     metrics = trainer.evaluate()
-    (saved / "eval_metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    with replacing(saved / "eval_metrics.json") as path:
+        path.write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -104,33 +112,20 @@ def _load_trained(recipe: RecipeArguments, args: PreferenceTrainingArguments, to
 
 
 def _checkpoint(args: PreferenceTrainingArguments) -> str | None:
-    """The checkpoint to go on from. A run killed while it wrote one leaves it incomplete: such a one is passed over."""
+    """The checkpoint to go on from."""
     asked = args.resume_from_checkpoint
     if asked is not None and str(asked).lower() not in ("true", "false"):
-        if not _is_complete(Path(asked)):
+        if not is_complete(Path(asked)):
             raise ValueError(f"resume_from_checkpoint must be a complete checkpoint, got {asked!r}")
         return str(asked)
-    found = sorted(
-        (int(path.name.rsplit("-", 1)[1]), path)
-        for path in Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.name.rsplit("-", 1)[1].isdigit() and _is_complete(path)
-    )
+    newest = newest_checkpoint(args.output_dir)
     if str(asked).lower() == "true":
-        if not found:
+        if newest is None:
             logger.warning("no checkpoint in %s: starting from the beginning", args.output_dir)
-        return str(found[-1][1]) if found else None
-    if found:
+        return None if newest is None else str(newest)
+    if newest is not None:
         raise ValueError(
-            f"output_dir {args.output_dir!r} already holds {found[-1][1].name}: "
+            f"output_dir {args.output_dir!r} already holds {newest.name}: "
             "pass --resume_from_checkpoint true to go on, or another output_dir"
         )
     return None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """trainer_state.json is what a checkpoint is finished with."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return True

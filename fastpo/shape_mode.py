@@ -9,7 +9,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,20 +21,15 @@ from fastpo.ops import HEAD_OPS
 
 # Integers beyond so many elements (attention masks of long sequences) are not worth their own memory.
 MAX_VALUES = 1 << 22
+# Rows of the LM head that its code is run over: two and more of its tiles.
+HEAD_ROWS = 1 << 14
+# Of the head's op: its operands that have a row for each of the vocabulary, and what its backward answers.
+HEAD_ROWS_OF = ("weight", "bias", "lora_b")
+RESULTS = ("hidden", "weight", "bias", "projected", "lora_b")
 _CPU = torch.device("cpu")
 _aten = torch.ops.aten
 # Factories whose dtype, where none is given, is that of the numbers they are given.
 _DTYPE_OF_ARGUMENTS = {_aten.arange, _aten.full, _aten.scalar_tensor}
-
-
-class Stretch(NamedTuple):
-    """A stretch of a timeline at its highest moment: bytes in use, by part."""
-
-    parts: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
 
 
 class Timeline:
@@ -74,9 +69,11 @@ class Timeline:
             if known is not None:
                 self._parts[known[0]] = part
 
-    def stretches(self) -> list[Stretch]:
-        """Two for each stretch between marks, its first and its second half, so that neither has its highest moment
-        anywhere but at one of its ends."""
+    def stretches(self) -> list[dict[str, int]]:
+        """Bytes by part at the highest moment of each half of what lies between two marks.
+
+        Memory rises through a forward pass and rises or falls through a backward one: a half has its highest moment
+        near one and the same end whatever the number of layers, and so in proportion to it."""
         bounds = [*self._marks, len(self._events)]
         ends = [end for a, b in itertools.pairwise(bounds) for end in ((a + b) // 2, b)]
         found, parts = [], dict.fromkeys(self._parts, 0)
@@ -88,7 +85,7 @@ class Timeline:
                 parts[self._parts[number]] += size
                 if total > highest:
                     highest, best = total, dict(parts)
-            found.append(Stretch(best))
+            found.append(best)
             start = end
         return found
 
@@ -146,17 +143,33 @@ class ShapeMode(TorchDispatchMode):
         return self._fake.from_tensor(x) if x.dtype.is_floating_point or _is_large(x) else x
 
     def _head(self, func: Any, args: Any) -> Any:
-        """The head's own code, so that its tiles and sums are seen: as one op it would show its results alone."""
+        """The head's own code, so that its tiles and sums are seen: as one op it would show its results alone.
+
+        It runs over the first rows of the LM head; the others add no more tiles at a time, only rows of results.
+        """
+        names = [argument.name for argument in func._schema.arguments]
+        call = dict(zip(names, args, strict=True))
+        workspace = 0 if self._head_workspace is None else self._head_workspace(call)
+        size = call["weight"].shape[0]
+        # What skips or stashes keeps something of every row.
+        if call["mode"] != "stash" and not call["skip_mass"]:
+            call |= {name: call[name][:HEAD_ROWS] for name in HEAD_ROWS_OF if call[name] is not None}
+        rest = size - call["weight"].shape[0]
+        results = list(HEAD_ROWS_OF) if "grad_logps" in call else []
+        results = [name for name in results if call[name] is not None and call[f"needs_{name}"]]
         with self.part("head"), self:
-            names = (argument.name for argument in func._schema.arguments)
-            call = dict(zip(names, args, strict=True))
-            size = 0 if self._head_workspace is None else self._head_workspace(call)
-            workspace = torch.empty(size, dtype=torch.uint8) if size else None
-            out = HEAD_OPS[func](*args)
-            del workspace
+            held = [torch.empty(rest, *call[name].shape[1:], dtype=call[name].dtype) for name in results]
+            held.append(torch.empty(-(-workspace // 4), dtype=torch.float32))
+            out = list(HEAD_OPS[func](*call.values()))
+            del held
+            for name in results if rest else ():
+                short, out[RESULTS.index(name)] = out[RESULTS.index(name)], None
+                shape, dtype = (size, *short.shape[1:]), short.dtype
+                del short
+                out[RESULTS.index(name)] = torch.empty(shape, dtype=dtype)
         if "grad_logps" in call:
-            self.timeline.put_down_to("gradients", out[1:])  # of the head's weight and bias
-        return out
+            self.timeline.put_down_to("gradients", out[1:])
+        return tuple(out)
 
 
 def _makes_floats(func: Any, tensors: list[Tensor], kwargs: dict[str, Any]) -> bool:

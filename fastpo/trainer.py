@@ -1,34 +1,33 @@
 """`PreferenceTrainer`: transformers' Trainer with the loss computed from statistics, never from logits."""
 
-import contextlib
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
+from fastpo.adapters import add_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
-from fastpo.backbone import (
-    StatsOutput,
-    Wanted,
-    causal_lm,
-    head_parameters,
-    install_stats_forward,
-    model_stats,
-    prompts_of,
-)
+from fastpo.attention import use_path_attention
+from fastpo.backbone import Wanted, causal_lm, head_parameters, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
-from fastpo.config import PreferenceConfig
-from fastpo.data import PreferenceCollator, tokenize_dataset
-from fastpo.loading import add_adapter, disable_dropout, load_models
+from fastpo.checkpoints import AtomicTrainer
+from fastpo.collation import PreferenceCollator
+from fastpo.data import tokenize_dataset
+from fastpo.layout import completion_tokens
+from fastpo.loading import disable_dropout, load_models
 from fastpo.loss_inputs import check_reads_column
+from fastpo.nonfinite import StepGuard, check_loss
+from fastpo.reference_cache import cache_key, with_reference_columns
+from fastpo.reference_model import Reference
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
@@ -37,7 +36,7 @@ from fastpo.types import LossOutput, StepTotals
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(AtomicTrainer):
     """Train a causal LM on preferences (stage ``dpo``) or on their chosen responses (stage ``sft``).
 
     Args:
@@ -56,6 +55,9 @@ class PreferenceTrainer(Trainer):
     Raises:
         ValueError: model, data and objective do not fit together; before any training.
     """
+
+    train_dataset: Any
+    eval_dataset: Any
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class PreferenceTrainer(Trainer):
             if has_adapter:
                 raise ValueError("peft_config must be None for a model that already has an adapter")
             with without_heads(model):
-                model = add_adapter(model, peft_config, args)
+                model = add_adapter(model, peft_config, args.gradient_checkpointing)
             has_adapter = True
         self.objective = add_heads(model, ref_model, args.preference_config, source)
         _check_optimizer(optimizers[0], model)
@@ -97,7 +99,10 @@ class PreferenceTrainer(Trainer):
         _check_vocabulary(processing_class, causal_lm(model).get_input_embeddings().num_embeddings)
         if data_collator is None:
             pad = processing_class.pad_token_id
-            data_collator = PreferenceCollator(processing_class.eos_token_id if pad is None else pad, args.stage)
+            data_collator = PreferenceCollator(
+                processing_class.eos_token_id if pad is None else pad, args.stage, args.padding_free,
+                _prefix_sharing(args, model, ref_model),
+            )  # fmt: skip
         with args.main_process_first(desc="tokenizing"):
             train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
             eval_dataset = (
@@ -105,31 +110,40 @@ class PreferenceTrainer(Trainer):
                 if isinstance(eval_dataset, dict)
                 else self._tokenize(eval_dataset, "eval_dataset", args, processing_class)
             )
-        self.uses_reference = args.stage == "dpo" and self.objective.needs_reference
-        self.prompt_features = _prompt_features(self.objective, args.stage)
         parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         columns = [rows.column_names for rows in parts if rows is not None] or [[]]  # none yet: they may lack all
-        reads_reference = self.uses_reference or any(_missing(self.prompt_features, names) for names in columns)
-        if reads_reference and ref_model is None and not has_adapter:
-            with without_heads(model):
-                ref_model = copy.deepcopy(model)
-        self.ref_model = ref_model if reads_reference else None
+        self.reference = Reference(self.objective, args.stage)
+        if any(self.reference.lacking(names) for names in columns):
+            if ref_model is None and not has_adapter and not args.precompute_ref_log_probs:
+                with without_heads(model):
+                    ref_model = copy.deepcopy(model)
+            self.reference.model = ref_model
         self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
             model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self)):
+        if args.skip_nonfinite_steps and self.is_deepspeed_enabled:
+            raise ValueError("skip_nonfinite_steps must be False with DeepSpeed, which steps by itself, got True")
+        self._guard = StepGuard(self, args.skip_nonfinite_steps)
+        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self), self._guard):
             self.add_callback(callback)
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
         install_stats_forward(self.model)
+        if args.precompute_ref_log_probs:
+            self._precompute(has_adapter)
         if self.ref_model is not None:
             install_stats_forward(self.ref_model)
             self.ref_model.requires_grad_(False)
-            self.ref_model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+            self.reference.model = self.accelerator.prepare_model(self.ref_model, evaluation_mode=True)
+
+    @property
+    def ref_model(self) -> Any:
+        """The second model, where the reference is one."""
+        return self.reference.model
 
     @staticmethod
     def _tokenize(dataset: Dataset | None, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
@@ -185,35 +199,55 @@ class PreferenceTrainer(Trainer):
     ) -> Any:
         """The stage's loss of a batch; with `return_outputs` also {"rewards": (B, 2)}."""
         output = self.loss_output(model, inputs, num_items_in_batch)
-        self._stop_at_bad_loss(output, inputs["index"])
+        # With DeepSpeed the backward pass makes the step: too late for the guard.
+        if model.training and not self.is_deepspeed_enabled:
+            loss = self._guard.watch(output, inputs["index"])
+        else:
+            check_loss(output, inputs["index"], self.state.global_step)
+            loss = output.loss
         self._meters["train" if model.training else "eval"].add(output.metrics, len(inputs["index"]))
         if not return_outputs:
-            return output.loss
-        return output.loss, {"rewards": torch.stack((output.chosen_rewards, output.rejected_rewards), dim=1)}
+            return loss
+        return loss, {"rewards": torch.stack((output.chosen_rewards, output.rejected_rewards), dim=1)}
 
     def loss_output(self, model: nn.Module, inputs: dict[str, Any], totals: StepTotals | None = None) -> LossOutput:
         """The stage's `LossOutput` for a `PreferenceBatch` on the model's device."""
         if self.args.stage == "sft":
             return sft_stage(model_stats(model, inputs).sequence_stats(), totals=totals)
         objective, dynamic = self.objective, self.objective.beta_mode == "dynamic_scaling"
-        reference, prompt = self._reference_stats(model, inputs)
-        head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
+        lacking = self.reference.lacking(inputs)
+        stats, prompt = self.reference.known(inputs)
+        # A policy with an adapter answers for the reference in its own forward.
+        inside = lacking.pairs and self.ref_model is None
+        if inside:
+            self.reference.check_adapter(self.accelerator.unwrap_model(model), lacking)
+        elif lacking:
+            output = self.reference.ask(model, self.accelerator.unwrap_model(model), inputs, lacking)
+            stats, prompt = output.sequence_stats() if lacking.pairs else stats, prompt | output.prompt_features()
         wanted = Wanted(
             shared_logps=objective.ld_alpha is not None,
             log_sum_sq_probs=objective.use_weighting,
             variance="disco" in objective.comparisons,
+            reference=inside,
+            prompt=lacking.features if inside else (),
+            prompt_rows=len(inputs["index"]),
+            log_s=dynamic,
+            one_side_at_a_time=self.args.split_responses,
         )
-        read_by_head = {} if head is None else {name: prompt[name] for name in head.config.features}
-        policy = model_stats(model, inputs, wanted, read_by_head or None)
+        policy = model_stats(model, inputs, wanted, prompt or None)
+        if inside:
+            stats, prompt = policy.reference_stats(), prompt | policy.prompt_features()
+        head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
             confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
         return dpo_stage(
-            policy.sequence_stats(), None if reference is None else reference.sequence_stats(), objective,
+            policy.sequence_stats(), stats, objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
             context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
             prompt_entropy=prompt.get("entropy"), confidence=confidence,
-            features=None if head is None else head.features(**read_by_head), totals=totals,
+            features=None if head is None else head.features(**{name: prompt[name] for name in head.config.features}),
+            totals=totals,
             # What evaluation sees is not remembered.
             state=self.running_means if model.training else dict(self.running_means),
         )  # fmt: skip
@@ -230,69 +264,54 @@ class PreferenceTrainer(Trainer):
         done = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
         return scheduled_beta(self.objective.beta_schedule, done)
 
-    @torch.no_grad()
-    def _reference_stats(
-        self, model: nn.Module, inputs: dict[str, Any], prompts_only: bool = False
-    ) -> tuple[StatsOutput | None, dict[str, Tensor]]:
-        """The reference's statistics where the objective reads them, and the prompt features by name.
+    def precompute_reference(self, dataset: Dataset) -> Dataset:
+        """The dataset, tokenised, with columns ref_* and prompt_* of what the objective reads of the reference.
 
-        A feature that is a column of the dataset is taken from there.
-        """
-        reads_pairs = self.uses_reference and not prompts_only
-        prompt = {name: inputs[f"prompt_{name}"] for name in self.prompt_features if f"prompt_{name}" in inputs}
-        missing = tuple(_missing(self.prompt_features, inputs))
-        if not reads_pairs and not missing:
-            return None, prompt
-        if self.ref_model is None and not hasattr(self.accelerator.unwrap_model(model), "disable_adapter"):
-            raise ValueError(f"dataset must have the columns prompt_{', prompt_'.join(missing)}, as the others have")
-        pairs = len(inputs["index"])
-        shared = reads_pairs and self.objective.ld_alpha is not None
-        wanted = Wanted(shared_logps=shared, prompt=missing, prompt_rows=pairs)
-        batch = inputs if reads_pairs else prompts_of(inputs, pairs)
-        with self._reference(model) as reference_model:
-            output = model_stats(reference_model, batch, wanted)
-        prompt |= {name: output[f"prompt_{name}"] for name in missing}
-        return output if reads_pairs else None, prompt
-
-    def precompute_prompt_features(self, dataset: Dataset) -> Dataset:
-        """The dataset, tokenised, with columns prompt_* of what the Beta head and its regularisers read.
-
-        A trainer that is given such data needs no reference model for them.
+        They are looked for, and kept, in `reference_cache_dir`. A trainer that is given such data needs no reference
+        model. Called before training where the model is its own reference.
         """
         rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
-        missing = _missing(self.prompt_features, rows.column_names)
-        loader = (
-            DataLoader(rows, batch_size=self.args.eval_batch_size, collate_fn=self.data_collator) if missing else ()
-        )
-        found = [self._reference_stats(self.model, self._prepare_inputs(x), prompts_only=True)[1] for x in loader]
-        for name in missing:
-            rows = rows.add_column(f"prompt_{name}", torch.cat([prompt[name] for prompt in found]).float().tolist())
-        return rows
+        lacking = self.reference.lacking(rows.column_names)
+        if not lacking:
+            return rows
+        args, lm = self.args, causal_lm(self.model if self.ref_model is None else self.ref_model)
+        settings = {**lacking._asdict(), "precision": self.accelerator.mixed_precision}
+        parent = args.reference_cache_dir or Path(datasets.config.HF_CACHE_HOME).expanduser() / "fastpo" / "reference"
 
-    @contextlib.contextmanager
-    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference in evaluation mode: a second model, or the policy with its adapter disabled."""
-        if self.ref_model is not None:
-            yield self.ref_model.eval()
-            return
-        training = model.training
-        model.eval()
-        try:
-            with self.accelerator.unwrap_model(model).disable_adapter():
-                yield model
-        finally:
-            model.train(training)
+        def compute(listed: list[dict[str, Any]]) -> dict[str, Tensor]:
+            inputs = self._prepare_inputs(self.data_collator(listed))
+            with self.accelerator.autocast():
+                return self.reference.columns(self.model, self.accelerator.unwrap_model(self.model), inputs, lacking)
 
-    def _stop_at_bad_loss(self, output: LossOutput, index: Tensor) -> None:
-        finite = torch.isfinite(output.losses)
-        if bool(finite.all() & torch.isfinite(output.loss)):  # one wait for the device, not two
-            return
-        rows = index[~finite].tolist() or index.tolist()
-        values = output.losses[~finite].tolist()[:5]
-        raise FloatingPointError(
-            f"loss is not finite at step {self.state.global_step}: dataset rows {rows}, losses {values}. "
-            "Look at those rows; then at learning_rate, max_grad_norm and the precision (bf16 rather than fp16)."
-        )
+        return with_reference_columns(
+            rows, compute, Path(parent) / cache_key(lm, rows, settings),
+            batch_size=args.precompute_ref_batch_size or args.eval_batch_size,
+            process=(args.process_index, args.world_size), wait=self.accelerator.wait_for_everyone,
+        )  # fmt: skip
+
+    def _precompute(self, has_adapter: bool) -> None:
+        """Give all data the reference's columns, and let the reference go."""
+        if self.ref_model is None and not has_adapter:
+            self.reference.model = self.model  # before its first step it is its own reference
+        reference = self.model if self.ref_model is None else self.ref_model
+        install_stats_forward(reference)
+        if next(reference.parameters()).device != self.accelerator.device:
+            reference.to(self.accelerator.device)
+        if self.train_dataset is not None:
+            self.train_dataset = self.precompute_reference(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self.precompute_reference(part) for name, part in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self.precompute_reference(self.eval_dataset)
+        self.reference.model = None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm, in which every process sees a step gone wrong; None of a step that was skipped."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.is_deepspeed_enabled:
+            return norm
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
+        return norm if self._guard.passes(model, norm) else None
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
         """What the whole optimiser step averages over; see `StepTotals`."""
@@ -300,7 +319,7 @@ class PreferenceTrainer(Trainer):
             return None
         rows = sum(len(batch["index"]) for batch in batch_samples)
         # Chosen rows come first; their completion tokens are what a token mean divides by.
-        tokens = sum(int(batch["completion_mask"][: len(batch["index"])].sum()) for batch in batch_samples)
+        tokens = sum(completion_tokens(batch, len(batch["index"])) for batch in batch_samples)
         counts = torch.tensor([rows, tokens], dtype=torch.float64, device=device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "mean")
@@ -337,10 +356,16 @@ class PreferenceTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
+    def forget_metrics(self, batches: int) -> None:
+        """Leave the last so many training batches out of the logged means."""
+        self._meters["train"].forget(batches)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self._meters["train"].collect(self.accelerator))
             self._meters["train"] = Meter()
+            if self.args.skip_nonfinite_steps:
+                logs["skipped_steps"] = self._guard.skipped_steps
         super().log(logs, start_time)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
@@ -359,15 +384,18 @@ class PreferenceTrainer(Trainer):
         super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
 
 
-def _prompt_features(objective: PreferenceConfig, stage: str) -> tuple[str, ...]:
-    """Features of the prompt that the Beta head and its regularisers read."""
-    if stage != "dpo" or objective.beta_mode != "dynamic_scaling":
-        return ()
-    return tuple(sorted(set(objective.beta_head.features) | {"entropy"} & set(objective.regularizer_weights)))
-
-
-def _missing(features: Iterable[str], columns: Iterable[str]) -> list[str]:
-    return [name for name in features if f"prompt_{name}" not in columns]
+def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | None:
+    """`prefix_sharing` as far as the models allow it; where sequences shall lie in one row, they attend along paths."""
+    lms = [causal_lm(model) for model in models if model is not None]
+    if args.padding_free and (reason := use_path_attention(lms, shared=False)):
+        raise ValueError(f"padding_free must be False: {reason}")
+    if args.prefix_sharing is None and (args.split_responses or args.torch_compile or args.stage != "dpo"):
+        return False
+    if args.prefix_sharing is not False and (reason := use_path_attention(lms, shared=True)):
+        if args.prefix_sharing:
+            raise ValueError(f"prefix_sharing must be False: {reason}")
+        return False
+    return args.prefix_sharing
 
 
 def _check_vocabulary(tokenizer: Any, embeddings: int) -> None:

@@ -17,6 +17,7 @@ from fastpo.kernels.tiles import (
     LOWEST,
     Answer,
     Gradients,
+    InputGradients,
     LogitTransform,
     Needs,
     Problem,
@@ -42,7 +43,7 @@ class _Tile(NamedTuple):
     rows: slice
     cols: slice
     number: int  # of the column tile
-    weight: Tensor  # (C, D) the slice of the LM head, upcast where the device needs it
+    weight: Tensor  # (C, W) the slice of the LM head, upcast where the device needs it
     bias: Tensor | None  # (C,)
     buffers: Tensor  # (2 to 4, R, C), to be overwritten
 
@@ -134,6 +135,11 @@ def block_shape(hidden: Tensor) -> tuple[int, int]:
     return 1, BLOCK
 
 
+def width_step(hidden: Tensor) -> int:
+    """Rows that an adapter makes wider get a multiple of it as their width."""
+    return 1
+
+
 def stash_step(hidden: Tensor) -> int:
     """Columns for which a stash has room for a peak; tiles have at least as many."""
     return BLOCK
@@ -223,13 +229,13 @@ def backward(
     *,
     stash: Stash | None = None,
     keep: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden (N, D, accumulator's dtype), weight (V, D) and bias (V,), None where not needed."""
+) -> InputGradients:
+    """Gradients of the inputs that need one."""
     dtype = accumulator_dtype(problem.hidden.dtype)
     out = _Sums(problem, needs, dtype)
     if keep is not None:
         _backward_kept(problem, policy, grads, keep, out)
-        return out.hidden, out.weight, out.bias
+        return out.result()
     stashed = 0 if stash is None else stash.scaled.shape[0]
     for tile in _tiles(problem, buffers=3 if grads.kl is not None else 2, split=stashed):
         rows, (z, p) = tile.rows, tile.buffers[:2]
@@ -246,7 +252,7 @@ def backward(
             z_ref = _logits(problem.ref_hidden[rows], tile.weight, tile.bias, problem.transform, tile.buffers[2])
         grad = _logits_grad(problem, policy, reference, kl, grads, rows, tile.cols, z, p, z_ref)
         out.add(tile.weight, grad, rows, tile.cols, upcast(problem.hidden[rows], dtype))
-    return out.hidden, out.weight, out.bias
+    return out.result()
 
 
 def _backward_kept(problem: Problem, policy: RowStats, grads: Gradients, keep: Tensor, out: "_Sums") -> None:
@@ -267,18 +273,22 @@ def _backward_kept(problem: Problem, policy: RowStats, grads: Gradients, keep: T
 
 
 class _Sums:
-    """Where the gradients of hidden, weight and bias gather."""
+    """Where the gradients of the rows, of the head's parts and of the bias gather."""
 
     def __init__(self, problem: Problem, needs: Needs, dtype: torch.dtype) -> None:
-        hidden, weight, bias = problem.hidden, problem.weight, problem.bias
+        hidden, bias = problem.hidden, problem.bias
         self.order, self.dtype, self.n = problem.order, dtype, hidden.shape[0]
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if needs.hidden else None
-        self.weight = weight.new_empty(weight.shape) if needs.weight else None
+        self.columns = needs.columns(problem.weight.shape[1])
+        self.rows = hidden.new_zeros(hidden[:, self.columns].shape, dtype=dtype) if needs.rows else None
+        self.parts = problem.head_parts(needs)
         self.bias = None if bias is None or not needs.bias else bias.new_empty(bias.shape)
-        # fp32 sums of the present columns' gradients; d weight's are written in place where its dtype allows it.
-        self.in_place = weight.dtype == dtype and self.order is None
-        self.d_weight: Tensor | None = None
+        # fp32 sums of the present columns' gradients; the head's are written in place where its dtype allows it.
+        self.in_place = hidden.dtype == dtype and self.order is None
+        self.d_parts: dict[str, Tensor] = {}
         self.d_bias: Tensor | None = None
+
+    def result(self) -> InputGradients:
+        return InputGradients(self.rows, bias=self.bias, **{name: part.grad for name, part in self.parts.items()})
 
     def add(self, weight: Tensor, grad: Tensor, rows: slice | Tensor, cols: slice, hidden: Tensor) -> None:
         """Push d loss / d x (R, C) of a tile on. A gathered tile (rows is a tensor) is all there is of its columns."""
@@ -288,27 +298,29 @@ class _Sums:
         if self.d_bias is not None:
             self.d_bias += grad.sum(0)
         grad = grad.to(weight.dtype)
-        if self.hidden is not None and isinstance(rows, Tensor):
-            part = self.hidden[rows]
-            mm_into(part, grad, weight, accumulate=True)
-            self.hidden[rows] = part
-        elif self.hidden is not None:
-            mm_into(self.hidden[rows], grad, weight, accumulate=True)
-        if self.d_weight is not None:
-            mm_into(self.d_weight, grad.t(), hidden, accumulate=not first)
+        if self.rows is not None and isinstance(rows, Tensor):
+            gathered = self.rows[rows]
+            mm_into(gathered, grad, weight[:, self.columns], accumulate=True)
+            self.rows[rows] = gathered
+        elif self.rows is not None:
+            mm_into(self.rows[rows], grad, weight[:, self.columns], accumulate=True)
+        for name, part in self.parts.items():
+            mm_into(self.d_parts[name], grad.t(), hidden[:, part.columns], accumulate=not first)
         if isinstance(rows, Tensor) or rows.stop == self.n:
             self._close(cols)
 
     def _open(self, weight: Tensor, cols: slice) -> None:
-        if self.weight is not None:
-            self.d_weight = self.weight[cols] if self.in_place else torch.empty_like(weight, dtype=self.dtype)
+        for name, part in self.parts.items():
+            here = part.grad[cols]
+            self.d_parts[name] = here if self.in_place else torch.empty_like(here, dtype=self.dtype)
         if self.bias is not None:
             self.d_bias = weight.new_zeros(weight.shape[0], dtype=self.dtype)
 
     def _close(self, cols: slice) -> None:
         which = cols if self.order is None else self.order[cols]
-        if self.weight is not None and self.d_weight is not None and not self.in_place:
-            self.weight[which] = self.d_weight.to(self.weight.dtype)
+        for name, part in self.parts.items():
+            if not self.in_place:
+                part.grad[which] = self.d_parts[name].to(part.grad.dtype)
         if self.bias is not None and self.d_bias is not None:
             self.bias[which] = self.d_bias.to(self.bias.dtype)
 

@@ -34,6 +34,7 @@ from fastpo.kernels.tiles import (
     LOWEST,
     Answer,
     Gradients,
+    InputGradients,
     Needs,
     Problem,
     RowStats,
@@ -59,6 +60,11 @@ def block_shape(hidden: Tensor) -> tuple[int, int]:
     """Rows and columns of a block of certified skipping."""
     config = skipping_config(_family(hidden), hidden.dtype)
     return config.BLOCK_N, config.BLOCK_V
+
+
+def width_step(hidden: Tensor) -> int:
+    """Rows that an adapter makes wider get a multiple of it as their width: what TMA and unmasked loads read."""
+    return _family(hidden).wide[0].BLOCK_D
 
 
 def stash_step(hidden: Tensor) -> int:
@@ -96,8 +102,8 @@ def backward(
     *,
     stash: Stash | None = None,
     keep: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden (N, D) fp32, weight (V, D) and bias (V,), None where not needed."""
+) -> InputGradients:
+    """Gradients of the inputs that need one."""
     with _device_of(problem.hidden):
         return _backward(problem, policy, reference, kl, grads, needs, stash, keep)
 
@@ -121,7 +127,7 @@ class _Slice(NamedTuple):
     """Some columns of the plane."""
 
     cols: slice
-    weight: Tensor  # (C, D)
+    weight: Tensor  # (C, W)
     bias: Tensor | None  # (C,)
 
 
@@ -158,7 +164,7 @@ class _Launch:
         return fastest(self.candidates, f"{kernel}, {self.key}", launch, may_measure=not capturing())
 
     def arguments(self, config: TileConfig, part: _Slice, rows: dict[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of a kernel over `rows`, name -> (N, D), and a slice of the head."""
+        """Keyword arguments of a kernel over `rows`, name -> (N, W), and a slice of the head."""
         hidden, operands = rows["hidden"], {**rows, "weight": part.weight}
         # The slices of a head whose rows TMA can read, it can read too; only a caller's offset can break that.
         tma = self.tma and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0 for x in operands.values())
@@ -213,7 +219,7 @@ class _Partials(NamedTuple):
 
 
 class _UnitGradient:
-    """E_t = sum_v p_tv W_v, gathered slice by slice, and from it d logp / d hidden."""
+    """E_t = sum_v p_tv head_v, gathered slice by slice, and from it d logp / d row."""
 
     def __init__(self, problem: Problem, dtype: torch.dtype, width: int) -> None:
         hidden = problem.hidden
@@ -260,7 +266,8 @@ def _forward(problem: Problem, offsets: Tensor, unit: bool, kl: bool, stash_rows
         rows["hidden"] = torch.cat((rows["hidden"], _operand(problem.ref_hidden)))
         labels = torch.cat((labels, labels))
     # In one launch, unless the head cannot be read where it lies or each slice is multiplied on.
-    in_one = not unit and problem.order is None and problem.weight.stride(1) == 1
+    where_it_lies = problem.order is None and problem.lora_b is None and problem.weight.stride(1) == 1
+    in_one = not unit and where_it_lies
     width = v if in_one else _slice_width(problem)
     config = launch.choose("joint forward" if kl else "forward", lambda tile: _trial(launch, tile, rows, labels, kl))
 
@@ -384,14 +391,14 @@ def _backward(
     needs: Needs,
     stash: Stash | None,
     keep: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> InputGradients:
     n = problem.hidden.shape[0]
     launch = _Launch(problem, products=1 if grads.kl is None else 2, skips=keep is not None)
     hidden = _operand(problem.hidden)
     ref_hidden = None if problem.ref_hidden is None or grads.kl is None else _operand(problem.ref_hidden)
     labels = problem.labels.to(torch.int32)
-    d_hidden = hidden.new_zeros(hidden.shape, dtype=torch.float32) if needs.hidden else None
-    d_weight = problem.weight.new_empty(problem.weight.shape) if needs.weight else None
+    columns, head_parts = needs.columns(problem.weight.shape[1]), problem.head_parts(needs)
+    d_rows = hidden.new_zeros(hidden[:, columns].shape, dtype=torch.float32) if needs.rows else None
     d_bias = problem.bias.new_empty(problem.bias.shape) if needs.bias and problem.bias is not None else None
     width = _slice_width(problem)
     buffer = hidden.new_empty(n * width)
@@ -435,20 +442,20 @@ def _backward(
             recompute(config, part, out, kept)
         which = part.cols if problem.order is None else problem.order[part.cols]
         if kept is None:
-            if d_hidden is not None:
-                mm_into(d_hidden, out, part.weight, accumulate=True)
-            if d_weight is not None:
-                slice_grad = torch.empty_like(part.weight, dtype=torch.float32)
-                mm_into(slice_grad, out.t(), hidden)
-                d_weight[which] = slice_grad.to(d_weight.dtype)
+            if d_rows is not None:
+                mm_into(d_rows, out, part.weight[:, columns], accumulate=True)
+            for head in head_parts.values():
+                slice_grad = torch.empty_like(head.grad[part.cols], dtype=torch.float32)
+                mm_into(slice_grad, out.t(), hidden[:, head.columns])
+                head.grad[which] = slice_grad.to(head.grad.dtype)
         else:
-            if d_hidden is not None:
-                _kept_hidden(out, part.weight, kept, d_hidden, config)
-            if d_weight is not None:
-                d_weight[which] = _kept_weight(out, hidden, kept, d_weight.dtype, config)
+            if d_rows is not None:
+                _kept_hidden(out, part.weight[:, columns], kept, d_rows, config)
+            for head in head_parts.values():
+                head.grad[which] = _kept_weight(out, hidden[:, head.columns], kept, head.grad.dtype, config)
         if d_bias is not None:
             d_bias[which] = out.sum(0, dtype=torch.float32).to(d_bias.dtype)
-    return d_hidden, d_weight, d_bias
+    return InputGradients(d_rows, bias=d_bias, **{name: head.grad for name, head in head_parts.items()})
 
 
 def _from_stash(

@@ -43,14 +43,18 @@ class LogitTransform(NamedTuple):
 class Problem(NamedTuple):
     """N rows through one LM head.
 
+    With an adapter of rank r, a row is [hidden | projected | 0] and the head [weight | lora_b | 0], W >= D + r columns
+    wide; else W = D.
+
     Attributes:
-        hidden: (N, D), N > 0.
+        hidden: (N, W) rows, N > 0.
         weight: (V, D), hidden's dtype.
         bias: (V,) or None.
         labels: (N,) int64 columns of the plane in [0, V). Below 0: the row does not count; V: its result is NaN.
         transform: from raw projections to logits.
-        ref_hidden: (N, D) rows of the reference model under the same head, or None. Never differentiated.
+        ref_hidden: (N, W) rows of the reference model under the same head, or None. Never differentiated.
         order: (V,) int64: column j of the plane is row order[j] of the head. None: as they are.
+        lora_b: (V, r), or None.
     """
 
     hidden: Tensor
@@ -60,11 +64,39 @@ class Problem(NamedTuple):
     transform: LogitTransform
     ref_hidden: Tensor | None = None
     order: Tensor | None = None
+    lora_b: Tensor | None = None
 
-    def head(self, cols: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight (C, D) and bias (C,) of some columns."""
+    def head(self, cols: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head (C, W) and bias (C,) of some columns; with an adapter, a copy."""
         which = cols if self.order is None else self.order[cols]
-        return self.weight[which], None if self.bias is None else self.bias[which]
+        weight = self.weight[which]
+        if self.lora_b is not None:
+            weight = join(weight, self.lora_b[which], self.hidden.shape[1])
+        return weight, None if self.bias is None else self.bias[which]
+
+    def head_parts(self, needs: "Needs") -> dict[str, "HeadPart"]:
+        """Which of "weight" and "lora_b" want a gradient, and room for it."""
+        d = self.weight.shape[1]
+        parts = {}
+        if needs.weight:
+            parts["weight"] = HeadPart(self.weight.new_empty(self.weight.shape), slice(0, d))
+        if needs.lora_b:
+            assert self.lora_b is not None
+            parts["lora_b"] = HeadPart(self.lora_b.new_empty(self.lora_b.shape), slice(d, d + self.lora_b.shape[1]))
+        return parts
+
+
+class HeadPart(NamedTuple):
+    """The gradient (V, C) of weight or lora_b, to be filled, and which of a row's W columns belong to it."""
+
+    grad: Tensor
+    columns: slice
+
+
+def join(left: Tensor, right: Tensor, width: int) -> Tensor:
+    """[left | right | 0], (R, width)."""
+    rest = width - left.shape[1] - right.shape[1]
+    return torch.cat((left, right, left.new_zeros((left.shape[0], rest))), 1)
 
 
 class RowStats(NamedTuple):
@@ -98,7 +130,7 @@ class Answer(NamedTuple):
     Attributes:
         policy, reference: statistics of `hidden` and `ref_hidden`.
         kl, seq_kl: (N,) KL(policy || reference) over the vocabulary, and its sums (S,).
-        unit: (N, D) d logp / d hidden.
+        unit: (N, W) d logp / d row.
         stash: see `Stash`.
         block_mass: (V / block, N) softmax mass of each block of columns.
     """
@@ -126,6 +158,30 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
+    projected: bool
+    lora_b: bool
+
+    @property
+    def rows(self) -> bool:
+        return self.hidden or self.projected
+
+    def columns(self, d: int) -> slice:
+        """The columns of a row to compute it for; next to hidden's d, projected's cost nothing."""
+        return slice(0 if self.hidden else d, None)
+
+
+class InputGradients(NamedTuple):
+    """What a backward computes; None where it is not needed.
+
+    Attributes:
+        rows: (N, those of W columns that `Needs.columns` names) in the accumulator's dtype.
+        bias, weight, lora_b: (V,), (V, D) and (V, r) in the inputs' dtype.
+    """
+
+    rows: Tensor | None = None
+    bias: Tensor | None = None
+    weight: Tensor | None = None
+    lora_b: Tensor | None = None
 
 
 def capturing() -> bool:
@@ -170,7 +226,7 @@ def mm_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> N
 
 
 def finish_unit_(expected: Tensor, problem: Problem, mass: Tensor, label_logit: Tensor) -> None:
-    """Turn sum_v e^(z - m) W_v, (N, D), into d logp / d hidden, in place; mass (N,) = sum_v e^(z - m)."""
+    """Turn sum_v e^(z - m) head_v, (N, W), into d logp / d row, in place; mass (N,) = sum_v e^(z - m)."""
     assert problem.order is None  # an order belongs to a backward that skips
     transform = problem.transform
     expected.div_(mass[:, None]).neg_()
@@ -178,6 +234,7 @@ def finish_unit_(expected: Tensor, problem: Problem, mass: Tensor, label_logit: 
     labels = problem.labels.clamp(0, problem.weight.shape[0] - 1)
     for first in range(0, labels.shape[0], 1024):  # a block of the labels' rows of the head at a time
         rows = slice(first, first + 1024)
-        expected[rows].addcmul_(problem.weight[labels[rows]].to(expected.dtype), at_label[rows, None])
+        head, _ = problem.head(labels[rows])
+        expected[rows].addcmul_(head.to(expected.dtype), at_label[rows, None])
     if transform.gain != 1.0:
         expected.mul_(transform.gain)

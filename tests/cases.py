@@ -84,7 +84,7 @@ class Case:
         return (logits / self.temperature).abs().max().item()
 
 
-def cases(**changes: Any) -> st.SearchStrategy[Case]:
+def cases(make: type[Case] = Case, **changes: Any) -> st.SearchStrategy[Any]:
     fields = {
         "seed": st.integers(0, 2**31),
         "n": st.integers(3, 34),
@@ -103,7 +103,7 @@ def cases(**changes: Any) -> st.SearchStrategy[Case]:
         "tma": st.booleans(),
         "persistent": st.booleans(),
     }
-    return st.builds(Case, **{**fields, **changes})
+    return st.builds(make, **{**fields, **changes})
 
 
 @contextlib.contextmanager

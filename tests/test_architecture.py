@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from fastpo import PreferenceTrainer
 from fastpo.architecture import attach_head, heads_of, load_heads
 from fastpo.backbone import Wanted, install_stats_forward, model_stats
+from fastpo.collation import PreferenceCollator
 from fastpo.config import BetaHeadConfig
-from fastpo.data import PreferenceCollator
 from fastpo.heads import BetaHead, DiscoHead
 from fastpo.links import LINKS
 from fastpo.recipe import parse_recipe
@@ -233,11 +233,11 @@ def test_with_lora_features_come_from_the_model_without_its_adapter(tmp_path: Pa
     base, data = tiny_model(), ragged_pairs()
     untouched = copy.deepcopy(base)
     trainer = trainer_for(tmp_path, base, data, peft_config=lora(), learning_rate=5e-2, **DYNAMIC)
-    before = trainer.precompute_prompt_features(data)
+    before = trainer.precompute_reference(data)
     trainer.train()
     assert trainer.ref_model is None
     assert trainer.loss_output(trainer.model, collate(data)).margins.abs().min() > 0  # the policy did move
-    assert trainer.precompute_prompt_features(data).to_dict() == before.to_dict()
+    assert trainer.precompute_reference(data).to_dict() == before.to_dict()
     scatter_heads(trainer.model)
     expected = by_hand(untouched, heads_of(trainer.model)["beta_head"], data).exp()
     metrics = trainer.loss_output(trainer.model.eval(), collate(data)).metrics
@@ -252,7 +252,7 @@ def test_precomputed_features_replace_the_reference(tmp_path: Path, features: li
     first = trainer_for(tmp_path, model, data, ref_model=reference, **fields, **DYNAMIC)
     assert first.ref_model is not None  # nothing else gives the prompt's features
     scatter_heads(first.model)
-    rows = first.precompute_prompt_features(data)
+    rows = first.precompute_reference(data)
     assert {f"prompt_{name}" for name in features} <= set(rows.column_names)
     second = trainer_for(tmp_path, copy.deepcopy(model), rows, eval_dataset=rows, **fields, **DYNAMIC)
     assert second.ref_model is None
@@ -267,7 +267,7 @@ def test_precomputed_features_replace_the_reference(tmp_path: Path, features: li
 
 def test_a_dataset_without_the_features_keeps_the_reference(tmp_path: Path) -> None:
     fields = {"reference_free": True, **DYNAMIC}
-    rows = trainer_for(tmp_path, **fields).precompute_prompt_features(ragged_pairs())
+    rows = trainer_for(tmp_path, **fields).precompute_reference(ragged_pairs())
     trainer = trainer_for(tmp_path, data=rows, eval_dataset={"own": rows, "raw": ragged_pairs()}, **fields)
     assert trainer.ref_model is not None
     found = trainer.evaluate()
@@ -277,7 +277,7 @@ def test_a_dataset_without_the_features_keeps_the_reference(tmp_path: Path) -> N
 def test_a_trainer_without_data_keeps_the_reference_for_what_comes_later(tmp_path: Path) -> None:
     args = tiny_args(tmp_path, reference_free=True, **DYNAMIC)
     trainer = PreferenceTrainer(tiny_model(), args=args, processing_class=tiny_tokenizer())
-    assert {"prompt_hidden", "prompt_entropy"} <= set(trainer.precompute_prompt_features(ragged_pairs()).column_names)
+    assert {"prompt_hidden", "prompt_entropy"} <= set(trainer.precompute_reference(ragged_pairs()).column_names)
     assert trainer.evaluate(ragged_pairs())["eval_beta/mean"] == pytest.approx(0.1)
 
 
@@ -310,7 +310,7 @@ def test_perplexity_and_entropy_are_those_of_full_logits(
         model.get_output_embeddings().weight.mul_(8)  # sharper than a new model, whose entropy is log V
     config = {"features": ["perplexity", "entropy"]}
     trainer = trainer_for(tmp_path, model, data, beta_head_config=config, **DYNAMIC)
-    rows = trainer.precompute_prompt_features(data)
+    rows = trainer.precompute_reference(data)
     wide = copy.deepcopy(trainer.ref_model).double()
     for row in rows:
         ids = torch.tensor(row["prompt_ids"])
@@ -330,7 +330,7 @@ def test_padding_does_not_reach_s(tmp_path: Path, reference_free: bool) -> None:
     data, found = ragged_pairs(), []
     for size in (1, 3, 8):
         trainer = trainer_for(tmp_path, per_device_eval_batch_size=size, **fields, **DYNAMIC)
-        found.append(trainer.precompute_prompt_features(data))
+        found.append(trainer.precompute_reference(data))
     for name in ("prompt_hidden", "prompt_perplexity", "prompt_entropy"):
         alone, *batched = (torch.tensor(rows[name]) for rows in found)
         for column in batched:
@@ -547,9 +547,9 @@ def test_merging_an_adapter_keeps_the_heads_working(tmp_path: Path) -> None:
     weights, batch = copied_heads(trainer.model), collate(ragged_pairs())
     prompt = {"hidden": torch.randn(8, 32)}
     with torch.no_grad():
-        expected = model_stats(trainer.model.eval(), batch, Wanted(variance=True), prompt)
+        expected = model_stats(trainer.model.eval(), batch, Wanted(variance=True, log_s=True), prompt)
         merged = trainer.model.merge_and_unload()
-        found = model_stats(merged, batch, Wanted(variance=True), prompt)
+        found = model_stats(merged, batch, Wanted(variance=True, log_s=True), prompt)
     assert torch.equal(found["log_s"], expected["log_s"])
     torch.testing.assert_close(found["variance"], expected["variance"], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found["logps"], expected["logps"], rtol=1e-4, atol=1e-3)

@@ -179,7 +179,7 @@ def test_s_at_both_its_bounds_is_a_runaway_too(tmp_path: Path, caplog: pytest.Lo
     """Its mean alone would look sane."""
     trainer = trainer_for(tmp_path, max_steps=1, **STILL, **DYNAMIC)
     head = heads_of(trainer.model)["beta_head"]
-    hidden = torch.cat([trainer._reference_stats(trainer.model, collate(ragged_pairs()))[1]["hidden"]])
+    hidden = torch.tensor(trainer.precompute_reference(ragged_pairs())["prompt_hidden"])
     centred = torch.nn.functional.layer_norm(hidden, hidden.shape[1:])
     with torch.no_grad():
         head.layers[-1].weight.copy_(1e3 * (centred[:4].mean(0) - centred[4:].mean(0)))

@@ -1,9 +1,7 @@
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,24 +64,6 @@ def test_train_leaves_model_metrics_and_pictures_and_eval_reads_them(
     assert found["eval_rewards/margins"] == pytest.approx(trained["eval_rewards/margins"], rel=1e-4)
 
 
-def test_killed_and_resumed_ends_at_the_same_loss(recipe: Path, tmp_path: Path) -> None:
-    assert main(["train", str(recipe), "--output_dir", str(tmp_path / "whole")]) == 0
-    run = tmp_path / "killed"
-    command = [sys.executable, "-m", "fastpo", "train", str(recipe), "--output_dir", str(run)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (run / "checkpoint-2" / "trainer_state.json").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    # A checkpoint that the kill cut short must not be gone on from.
-    (run / "checkpoint-99").mkdir()
-    done = subprocess.run(
-        [*command, "--resume_from_checkpoint", "true"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
-
-
 def test_a_second_run_does_not_overwrite_the_first(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(recipe)]) == 0
     assert main(["train", str(recipe)]) == 1
@@ -122,7 +102,7 @@ def test_a_preset_stands_below_the_file_and_the_file_below_the_command_line(reci
 
 def test_shipped_recipes_parse() -> None:
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
-        parse_recipe(str(path), ["--dataset", "data.json", "--output_dir", "somewhere"])
+        parse_recipe(str(path), ["--dataset", "data.json", "--output_dir", "somewhere", "--use_cpu", "true"])
 
 
 ROW = planted_preferences(1, seed=0)[0]

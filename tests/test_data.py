@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from fastpo import data
-from fastpo.data import Pair, PreferenceCollator, read_dataset, tokenize_dataset, tokenize_pair
+from fastpo.collation import PreferenceCollator
+from fastpo.data import Pair, read_dataset, tokenize_dataset, tokenize_pair
 
 DEMO = Path(__file__).resolve().parents[2] / "shared" / "data"
 END = "<|im_end|>"

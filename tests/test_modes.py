@@ -288,7 +288,7 @@ PERMUTED = "vocab_order must be a permutation of 0 .. 6"
 TOGETHER = "skip_mass .*mode='lean' and no memory_budget, got "
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"mode": "fast"}, ValueError, "mode must be one of auto, no_grad, frozen, lean, stash, got 'fast'"),
-    ({"mode": "frozen"}, ValueError, "mode='frozen' gives no gradient to weight and bias"),
+    ({"mode": "frozen"}, ValueError, "mode='frozen' gives no gradient to weight, bias and lora_B"),
     ({"mode": "stash"}, ValueError, "mode='stash' needs memory_budget.*got None"),
     ({"memory_budget": -1}, ValueError, "memory_budget must be a whole number of bytes >= 0, got -1"),
     ({"memory_budget": True}, ValueError, "memory_budget must be .* got True"),
@@ -323,7 +323,7 @@ def test_refusals_name_the_argument_and_what_arrived(
 def test_a_frozen_head_with_a_trainable_bias_is_not_frozen() -> None:
     hidden, weight, bias = torch.randn(3, 4, requires_grad=True), torch.randn(7, 4), torch.zeros(7, requires_grad=True)
     labels = torch.tensor([0, 6, 1])
-    with pytest.raises(ValueError, match="mode='frozen' gives no gradient to weight and bias"):
+    with pytest.raises(ValueError, match="mode='frozen' gives no gradient to weight, bias and lora_B"):
         linear_logps(hidden, weight, labels, bias, mode="frozen")
     with torch.no_grad():  # there nothing is lost
         linear_logps(hidden, weight, labels, bias, mode="frozen")

@@ -111,6 +111,7 @@ def test_import_loads_neither_triton_nor_hugging_face() -> None:
 # module -> (modules of ours, third-party packages) that it may import
 MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.types": (set(), {"torch"}),
+    "fastpo.files": (set(), set()),
     "fastpo.schedules": (set(), {"torch"}),
     "fastpo.links": (set(), {"torch"}),
     "fastpo.methods": (set(), set()),
@@ -118,7 +119,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.config": ({"fastpo.links", "fastpo.methods", "fastpo.regularizers", "fastpo.schedules"}, set()),
     "fastpo.reference": (set(), {"torch"}),
     "fastpo.kernels": ({"fastpo.kernels"}, {"torch", "triton"}),
-    "fastpo.ops": ({"fastpo.kernels", "fastpo.reference", "fastpo.types"}, {"torch"}),
+    "fastpo.op_checks": (set(), {"torch"}),
+    "fastpo.ops": ({"fastpo.kernels", "fastpo.op_checks", "fastpo.reference", "fastpo.types"}, {"torch"}),
     "fastpo.scores": ({"fastpo.config", "fastpo.links", "fastpo.ops", "fastpo.types"}, {"torch"}),
     "fastpo.loss_inputs": ({"fastpo.config", "fastpo.links", "fastpo.scores", "fastpo.types"}, {"torch"}),
     "fastpo.losses": (

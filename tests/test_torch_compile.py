@@ -173,7 +173,7 @@ def test_opcheck(impl: str, mode: str, budget: int, skip_mass: float) -> None:
     weight = x.weight.detach() if mode == "no_grad" else x.weight
     ref_hidden = x.ref_hidden if kl else None
     torch.library.opcheck(
-        autograd._linear_statistics, (hidden, weight, x.labels, None, ref_hidden, x.ends, None, *plan),
+        autograd._linear_statistics, (hidden, weight, None, None, None, ref_hidden, x.labels, x.ends, None, *plan),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )  # fmt: skip
 

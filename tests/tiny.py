@@ -54,5 +54,6 @@ def tiny_args(output_dir: Path | str, **fields: Any) -> PreferenceTrainingArgume
         "logging_steps": 1,
         "save_strategy": "no",
         "disable_tqdm": True,
+        "reference_cache_dir": f"{output_dir}/reference",
     }
     return PreferenceTrainingArguments(**{**defaults, **fields})
