@@ -33,10 +33,14 @@ class Memory(TrainerCallback, ExportableState):
 
 
 class PeakMemory(TrainerCallback):
-    """Measures training's peak memory, in bytes; see `PeakMeter`. Make it before the model."""
+    """Measures training's peak memory, in bytes; see `PeakMeter`. Make it before the model.
 
-    def __init__(self, device: torch.device) -> None:
-        self.meter = PeakMeter(device)
+    Args:
+        recipe: what is trained, for whoever compares.
+    """
+
+    def __init__(self, recipe: Any, device: torch.device) -> None:
+        self.recipe, self.meter = recipe, PeakMeter(device)
         self.bytes: int | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

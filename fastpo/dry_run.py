@@ -7,6 +7,7 @@ import gc
 import itertools
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,6 +15,7 @@ from unittest import mock
 import torch
 from datasets import Dataset
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback
 
@@ -87,10 +89,11 @@ def dry_run(
         args = _dry_args(args, len(rows), stack.enter_context(tempfile.TemporaryDirectory()))
         data = _dataset(rows, STEPS * args.gradient_accumulation_steps, args, config)
         stack.enter_context(mock.patch.object(nn.Module, "_apply", _cast_in_place))
+        stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", _copy, create=True))
         stack.enter_context(mode)
         trainer = _DryTrainer(
             mode=mode, model=_model(recipe, config), ref_model=_reference(recipe), args=args, train_dataset=data,
-            processing_class=_Tokenizer(), peft_config=build_peft_config(recipe),
+            processing_class=_Tokenizer(2), peft_config=build_peft_config(recipe),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -101,9 +104,11 @@ def planned_config(recipe: RecipeArguments) -> Any:
     """The config of the recipe's model, of which neither weights nor tokenizer are read.
 
     Raises:
-        ValueError: the recipe leaves the size of the vocabulary to a tokenizer that has yet to be read.
+        ValueError: the recipe says load_in_4bit, or leaves the size of the vocabulary to a tokenizer of its own.
     """
-    config = model_config(recipe, _Tokenizer(recipe.tokenizer_vocab_size))
+    if recipe.load_in_4bit:
+        raise ValueError("load_in_4bit must be false for a memory plan, which knows no 4-bit weights, got True")
+    config = model_config(recipe, _Tokenizer(recipe.tokenizer_vocab_size or None))
     config._name_or_path = ""  # nothing is looked for beside it
     return config
 
@@ -125,13 +130,9 @@ class _DryTrainer(PreferenceTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        step = optimizer.step
-
-        def noted_step(*args: Any, **kwargs: Any) -> Any:
-            with self.mode.part("optimizer"):
-                return step(*args, **kwargs)
-
-        optimizer.step = noted_step
+        step = contextlib.ExitStack()
+        optimizer.register_step_pre_hook(lambda *_: step.enter_context(self.mode.part("optimizer")))
+        optimizer.register_step_post_hook(lambda *_: step.close())
         return optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -156,7 +157,7 @@ class _EightBitStates(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or self.state[p]:
@@ -178,7 +179,9 @@ class _Tokenizer:
         self.size = size
 
     def __len__(self) -> int:
-        return 2 if self.size is None else self.size
+        if self.size is None:
+            raise ValueError("model_config must state its vocab_size for a memory plan, which reads no tokenizer")
+        return self.size
 
 
 def _model(recipe: RecipeArguments, config: Any) -> Any:
@@ -234,12 +237,14 @@ def _dry_args(args: PreferenceTrainingArguments, batch: int, folder: str) -> Pre
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the log lines of a training that is none, and without looking again and again through what is there."""
+    """Without the log lines and warnings of a training that is none, and without collecting what is there already."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     gc.freeze()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         gc.unfreeze()
         logging.disable(before)
@@ -253,6 +258,14 @@ def _cast_in_place(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
             if cast.dtype != tensor.dtype:
                 tensor.data = cast
     return self
+
+
+def _copy(self: FakeTensor, memo: dict[int, Any]) -> Any:
+    """`Tensor.__deepcopy__` copies what a tensor without data belongs to, and so cuts its views off from it."""
+    if id(self) not in memo:
+        copied = self.detach().clone()
+        memo[id(self)] = nn.Parameter(copied, self.requires_grad) if isinstance(self, nn.Parameter) else copied
+    return memo[id(self)]
 
 
 def _fused_workspace(call: dict[str, Any]) -> int:

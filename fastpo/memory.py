@@ -67,7 +67,7 @@ class PeakMeter:
         """Bytes."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
-        return _resident_peak() - self.before
+        return max(0, _resident_peak() - self.before)
 
 
 def hand_back_what_is_freed() -> None:

@@ -6,6 +6,7 @@ the whole batch where these are few, else of two and of four, through which each
 
 import copy
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -60,29 +61,39 @@ class Planner:
     ) -> None:
         self.recipe, self.args, self.on_gpu = recipe, args, on_gpu
         self.rows = None if rows is None else list(rows)
+        self._known: dict[Any, list[dict[str, int]]] = {}
 
     def predict(self, **changes: Any) -> Prediction:
         """Of the recipe with some of its fields changed."""
         recipe, args = self._changed(changes)
         config = planned_config(recipe)
-        highest = max((self._highest(recipe, args, rows, config) for rows in self._batches(args)), key=_total)
+        # The size of a batch says no more than its rows.
+        variant = repr(sorted((name, x) for name, x in changes.items() if name != "per_device_train_batch_size"))
+
+        def stretches(layers: int, rows: list[Lengths]) -> list[dict[str, int]]:
+            key = (variant, layers, tuple(rows))
+            if key not in self._known:
+                own = _with_layers(config, layers) if layers else config
+                self._known[key] = dry_run(recipe, args, rows, own, self.on_gpu)
+            return self._known[key]
+
+        highest = max((self._highest(stretches, rows, config) for rows in self._batches(args)), key=_total)
         parts = {name: highest.get(name, 0) for name in PARTS}
         return Prediction(parts if self.on_gpu else parts | {"libraries": LIBRARIES})
 
     def _highest(
-        self, recipe: RecipeArguments, args: PreferenceTrainingArguments, rows: list[Lengths], config: Any
+        self, stretches: Callable[[int, list[Lengths]], list[dict[str, int]]], rows: list[Lengths], config: Any
     ) -> dict[str, int]:
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        by_layers = layers > MORE and _uniform(config)
-        by_rows = len(rows) > MORE and self.rows is None
-
-        def stretches(layers: int, rows: list[Lengths]) -> list[dict[str, int]]:
-            return dry_run(recipe, args, rows, _with_layers(config, layers) if by_layers else config, self.on_gpu)
 
         def of_rows(count: int) -> list[dict[str, int]]:
-            few_rows = rows[len(rows) - count :]
-            return _straight(lambda n: stretches(n, few_rows), layers) if by_layers else stretches(layers, few_rows)
+            part = rows[len(rows) - count :]
+            if layers > MORE and _uniform(config):
+                return _straight(lambda n: stretches(n, part), layers)
+            return stretches(0, part)
 
+        # The data's rows are not alike, and so in no straight line.
+        by_rows = len(rows) > MORE and self.rows is None
         return max(_straight(of_rows, len(rows)) if by_rows else of_rows(len(rows)), key=_total)
 
     def _changed(self, changes: dict[str, Any]) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
@@ -114,16 +125,22 @@ class Planner:
 def _largest_within(cost: Callable[[int], int], budget: int, guess: float, most: int) -> int:
     """The largest n in 1 .. most with cost(n) <= budget, 0 if none; cost rises, nearly in a straight line."""
     known = {n: cost(n) for n in sorted({1, min(most, max(2, round(guess)))})}
+    width = math.inf
     while True:
         below = max((n for n in known if known[n] <= budget), default=0)
         above = min((n for n in known if known[n] > budget), default=most + 1)
         if above - below <= 1:
             return below
-        # Along the chord of the two that come nearest to the budget, but inside the bracket.
-        a, b = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
-        slope = (known[b] - known[a]) / (b - a)
-        aim = int(a + (budget - known[a]) / slope) if slope > 0 else most
-        n = min(max(aim, below + 1), above - 1)
+        # Where the line through the two nearest meets the budget; where the last such step did not halve the bracket,
+        # its middle.
+        a, b = sorted(sorted(known, key=lambda n: abs(known[n] - budget))[:2])
+        rise = known[b] - known[a]
+        n = a + (budget - known[a]) * (b - a) // rise if rise > 0 else most
+        if above - below > width / 2:
+            n, width = (above + below) // 2, math.inf
+        else:
+            width = above - below
+        n = min(max(n, below + 1), above - 1)
         known[n] = cost(n)
 
 

@@ -48,7 +48,7 @@ def _memory(memory: str | None, gpu: str | None, on_cpu: bool) -> int | None:
 def _rows(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> list[Lengths]:
     train, _ = read_splits(recipe, args.seed, args.stage)
     tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=None)
-    (rows,) = tokenize_splits(recipe, args, tokenizer, train)
+    rows, _ = tokenize_splits(recipe, args, tokenizer, train, None)
     assert rows is not None
     return lengths_of(rows)
 

@@ -231,15 +231,10 @@ def model_config(recipe: RecipeArguments, tokenizer: Any) -> Any:
     if recipe.model_name_or_path is not None:
         return AutoConfig.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
     assert isinstance(recipe.model_config, dict)
-    return AutoConfig.for_model(
-        **{
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            **recipe.model_config,
-        }
-    )
+    fields = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if "vocab_size" not in recipe.model_config:
+        fields["vocab_size"] = len(tokenizer)
+    return AutoConfig.for_model(**{**fields, **recipe.model_config})
 
 
 def weights_dtype(recipe: RecipeArguments) -> str:
