@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from fastpo.arguments import PreferenceTrainingArguments
-from fastpo.dry_run import PARTS, Lengths, dry_run, lengths_at, longest_batches, planned_config
+from fastpo.dry_run import EIGHT_BIT_OPTIMIZERS, PARTS, Lengths, dry_run, lengths_at, longest_batches, planned_config
 from fastpo.recipe import RecipeArguments
 
 GB = 10**9
@@ -211,13 +211,19 @@ def switches(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> list
         found.append({"gradient_checkpointing": True})
     if not (args.bf16 or args.fp16) and recipe.dtype in ("auto", "float32"):
         found.append({"bf16": True})
-    if args.stage == "dpo" and args.preference_config.needs_reference:
-        found.append({"precompute_ref_log_probs": True})
+    if args.stage == "dpo":
+        has_second_model = not recipe.use_peft or recipe.ref_model_name_or_path
+        if args.preference_config.needs_reference and has_second_model and not args.precompute_ref_log_probs:
+            found.append({"precompute_ref_log_probs": True})
+        if not args.split_responses and not args.prefix_sharing:
+            found.append({"split_responses": True})
     if batch > 1:
         accumulated = batch * args.gradient_accumulation_steps
         found.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated})
+    if not recipe.use_peft and args.optim not in EIGHT_BIT_OPTIMIZERS:
+        found.append({"optim": "adamw_8bit"})
     if not recipe.use_peft:
-        found += [{"optim": "adamw_8bit"}, {"use_peft": True, "dtype": "bfloat16"}]
+        found.append({"use_peft": True, "dtype": "bfloat16"})
     if args.max_length >= 2 * LENGTH_STEP:
         found.append({"max_length": args.max_length // 2})
-    return [changes for changes in found if all(hasattr(recipe, k) or hasattr(args, k) for k in changes)]
+    return found

@@ -9,6 +9,8 @@ from fastpo.dry_run import Lengths, lengths_of
 from fastpo.plan import GB, Planner, Prediction, memory_of, parse_memory, switches, usable
 from fastpo.recipe import RecipeArguments, build_tokenizer, parse_recipe, read_splits, tokenize_splits
 
+NO_DATASET = "(none)"
+
 
 def plan(path: str, overrides: list[str], memory: str | None, gpu: str | None, on_cpu: bool, from_data: bool) -> str:
     """The plan of a recipe file, as lines for people.
@@ -17,8 +19,10 @@ def plan(path: str, overrides: list[str], memory: str | None, gpu: str | None, o
         ValueError, TypeError: as `parse_recipe`, `parse_memory`, `memory_of` and `dry_run`.
     """
     size = _memory(memory, gpu, on_cpu)
-    # Neither data nor a folder is needed; and no GPU, whatever the recipe trains on.
-    recipe, args = parse_recipe(path, [*overrides, "--use_cpu", "true"], {"dataset": "none"})
+    # Needs no data, and no GPU, whatever the recipe trains on.
+    recipe, args = parse_recipe(path, [*overrides, "--use_cpu", "true", "--tf32", "false"], {"dataset": NO_DATASET})
+    if from_data and recipe.dataset == NO_DATASET:
+        raise ValueError("--from_data needs the recipe, or --dataset, to name a dataset")
     planner = Planner(recipe, args, _rows(recipe, args) if from_data else None, on_gpu=not on_cpu)
     prediction = planner.predict()
     batch, length = args.per_device_train_batch_size, args.max_length

@@ -314,6 +314,7 @@ BAD_INPUT = {
     "both": (["--gpu", "H100", "--memory", "80GB"], "give either --memory or --gpu"),
     "card and cpu": (["--gpu", "H100", "--cpu"], "--cpu goes with --memory"),
     "optimizer": (["--optim", "lion_32bit"], "optim must be an adamw_torch one"),
+    "no data": (["--from_data"], "--from_data needs the recipe, or --dataset, to name a dataset"),
     "recipe": (["--max_length", "1"], "max_length must be an integer >= 2"),
     "vocabulary": (
         ["--model_config", '{"model_type": "qwen3"}', "--tokenizer_vocab_size", "0", "--tokenizer_name_or_path", "x"],
