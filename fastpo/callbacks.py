@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from fastpo.memory import PeakMeter
 from fastpo.schedules import RunningMeans
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,24 @@ class Memory(TrainerCallback, ExportableState):
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         means = {name: torch.tensor(value, dtype=torch.float64) for name, value in saved["attributes"]["means"].items()}
         self.means = SharedMeans(means)
+
+
+class PeakMemory(TrainerCallback):
+    """Measures training's peak memory, in bytes; see `PeakMeter`. Make it before the model.
+
+    Args:
+        recipe: what is trained, for whoever compares.
+    """
+
+    def __init__(self, recipe: Any, device: torch.device) -> None:
+        self.recipe, self.meter = recipe, PeakMeter(device)
+        self.bytes: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.meter.start()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bytes = self.meter.peak()
 
 
 class RunawayBeta(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The `fastpo` command: train, eval, explain, methods, demo."""
+"""The `fastpo` command: train, eval, plan, explain, methods, demo."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: bad usage (2), SIGTERM (143).
     """
     parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation without logits in memory.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,explain,methods,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,plan,explain,methods,demo}")
     for name, text in (
         ("train", "train what a recipe says; any of its keys can be overridden: --key value"),
         ("eval", "evaluate the model that a recipe left in its output_dir"),
@@ -23,6 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("recipe", help="YAML file")
+    text = "predict a recipe's peak memory, what would make it fit, and the most that fits; reads no weights, no data"
+    planned = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
+    planned.add_argument("recipe", help="YAML file")
+    planned.add_argument("--memory", help="what there is, such as 24GB (default: this machine's GPU, if it has one)")
+    planned.add_argument("--gpu", help="a card by its name instead, such as RTX-4090, A100-80GB or H100")
+    planned.add_argument("--cpu", action="store_true", help="plan for training on a CPU")
+    planned.add_argument("--from_data", action="store_true", help="take the rows' lengths from the dataset")
     commands.add_parser("methods", help="list the presets: formula, source and settings")
     demo = commands.add_parser("demo", help="sft and dpo of a tiny Qwen3 on generated data, in minutes on a CPU")
     demo.add_argument("--output_dir", default="runs/demo")
@@ -37,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _reporting_bad_input(lambda: run_demo(arguments.output_dir))
     if arguments.command == "methods":
         return _methods()
+    if arguments.command == "plan":
+        return _plan(arguments, overrides)
     return {"train": _train, "eval": _eval, "explain": _explain}[arguments.command](arguments.recipe, overrides)
 
 
@@ -87,6 +96,16 @@ def _explain(path: str, overrides: list[str]) -> int:
         print(explain(*parse_objective(path, overrides)))
 
     return _reporting_bad_input(explain_recipe)
+
+
+def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    def print_plan() -> None:
+        from fastpo.plan_report import plan
+
+        a = arguments
+        print(plan(a.recipe, overrides, a.memory, a.gpu, on_cpu=a.cpu, from_data=a.from_data))
+
+    return _reporting_bad_input(print_plan)
 
 
 def _methods() -> int:

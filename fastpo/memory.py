@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import torch
 
 from fastpo.op_checks import IMPLEMENTATIONS
 from fastpo.ops import linear_logps
+
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def peak_bytes_of(work: Callable[[], object], device: torch.device) -> int:
@@ -39,6 +42,45 @@ def peak_bytes_of(work: Callable[[], object], device: torch.device) -> int:
     return _resident_peak() - before
 
 
+class PeakMeter:
+    """Peak of what a process holds for training: weights, and whatever comes and goes between `start` and `peak`.
+
+    On a GPU: the allocator's bytes in use, all told. On a CPU: resident memory above where it stood when the meter was
+    made, which is after libraries and data and before the first weight.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before = device, 0
+        if device.type != "cuda":
+            _hand_back_free_memory()
+            self.before = _resident()
+
+    def start(self) -> None:
+        """What was there only while the model was built does not count from here on."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            _hand_back_free_memory()
+            _reset_resident_peak()
+
+    def peak(self) -> int:
+        """Bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return max(0, _resident_peak() - self.before)
+
+
+def hand_back_what_is_freed() -> None:
+    """Have the C library return blocks of a megabyte and more to the system when they are freed (glibc alone).
+
+    By itself it keeps ever larger freed blocks for later, in pieces that later tensors do not fit: a training step with
+    gradient checkpointing has been seen to hold two and a half times its tensors. A threshold in the environment wins.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
+
+
 def _hand_back_free_memory() -> None:
     """Freed memory that the C library still holds would be used again without counting."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
@@ -53,10 +95,19 @@ def _reset_resident_peak() -> None:
 
 
 def _resident_peak() -> int:
+    return _status("VmHWM:")
+
+
+def _resident() -> int:
+    return _status("VmRSS:")
+
+
+def _status(field: str) -> int:
+    """Bytes; where there is no /proc, the peak since the process began stands for either field."""
     status = Path("/proc/self/status")
     if status.exists():
         for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(field):
                 return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

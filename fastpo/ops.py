@@ -7,7 +7,7 @@ from typing import Any, Unpack, cast
 import torch
 from torch import Tensor
 
-from fastpo.kernels.autograd import Operands, Plan, Statistics, check_values, linear_statistics
+from fastpo.kernels.autograd import OPS_IN_PYTHON, Operands, Plan, Statistics, check_values, linear_statistics
 from fastpo.kernels.tiles import LogitTransform, segment_sum
 from fastpo.op_checks import (
     HeadOptions,
@@ -21,6 +21,9 @@ from fastpo.op_checks import (
 )
 from fastpo.reference import linear_kl_reference, linear_logps_reference, log_sum_sq_probs_reference
 from fastpo.types import ExtendedSequenceStats, ExtendedTokenStats, JointStats, SequenceStats, TokenStats
+
+# The custom ops of the head, and the Python code of each.
+HEAD_OPS = OPS_IN_PYTHON
 
 
 def linear_logps(

@@ -94,16 +94,19 @@ class _Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_recipe(path: str, overrides: list[str]) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
+def parse_recipe(
+    path: str, overrides: list[str], defaults: dict[str, Any] | None = None
+) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
     """A recipe file with command-line overrides (``--key value``) into validated arguments.
 
-    Precedence: overrides, then the file, then the preset, then defaults.
+    Precedence: overrides, then the file, then the preset, then `defaults`.
 
     Raises:
         ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
     """
     recipe, preset = _read_recipe(path, overrides)
     parser = _Parser((RecipeArguments, PreferenceTrainingArguments), allow_abbrev=False)
+    parser.set_defaults(**(defaults or {}))
     _set_defaults(parser, recipe, preset)
     return parser.parse_args_into_dataclasses(overrides, look_for_args_file=False)
 
@@ -215,23 +218,26 @@ def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, toke
         extra["quantization_config"] = _four_bits(recipe.dtype)
     if recipe.model_name_or_path is not None:
         return AutoModelForCausalLM.from_pretrained(
-            recipe.model_name_or_path, dtype=_dtype(recipe), trust_remote_code=recipe.trust_remote_code, **extra
+            recipe.model_name_or_path, dtype=weights_dtype(recipe), trust_remote_code=recipe.trust_remote_code, **extra
         )
-    assert isinstance(recipe.model_config, dict)
-    fields = {
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        **recipe.model_config,
-    }
-    config = AutoConfig.for_model(**fields)
+    config = model_config(recipe, tokenizer)
     set_seed(args.seed)
     dtype = {} if recipe.dtype == "auto" else {"dtype": recipe.dtype}
     return AutoModelForCausalLM.from_config(config, **dtype, **extra)
 
 
-def _dtype(recipe: RecipeArguments) -> str:
+def model_config(recipe: RecipeArguments, tokenizer: Any) -> Any:
+    """The config of the model that the recipe names or describes."""
+    if recipe.model_name_or_path is not None:
+        return AutoConfig.from_pretrained(recipe.model_name_or_path, trust_remote_code=recipe.trust_remote_code)
+    assert isinstance(recipe.model_config, dict)
+    fields = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "bos_token_id")}
+    if "vocab_size" not in recipe.model_config:
+        fields["vocab_size"] = len(tokenizer)
+    return AutoConfig.for_model(**{**fields, **recipe.model_config})
+
+
+def weights_dtype(recipe: RecipeArguments) -> str:
     """Steps of AdamW at preference learning rates are below the resolution of 16-bit weights and would be lost."""
     return "float32" if recipe.dtype == "auto" and not recipe.use_peft else recipe.dtype
 
@@ -250,7 +256,7 @@ def build_reference(recipe: RecipeArguments) -> Any:
     if recipe.ref_model_name_or_path is None:
         return None
     return AutoModelForCausalLM.from_pretrained(
-        recipe.ref_model_name_or_path, dtype=_dtype(recipe), trust_remote_code=recipe.trust_remote_code
+        recipe.ref_model_name_or_path, dtype=weights_dtype(recipe), trust_remote_code=recipe.trust_remote_code
     )
 
 

@@ -7,8 +7,12 @@ from typing import Any
 
 from fastpo.architecture import load_heads
 from fastpo.arguments import PreferenceTrainingArguments
+from fastpo.callbacks import PeakMemory
 from fastpo.checkpoints import clear_staging, is_complete, newest_checkpoint
+from fastpo.dry_run import lengths_of
 from fastpo.files import replacing
+from fastpo.memory import hand_back_what_is_freed
+from fastpo.plan import GB, Planner
 from fastpo.preemption import SaveOnSigterm
 from fastpo.recipe import (
     RecipeArguments,
@@ -35,6 +39,10 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         train, held_out = read_splits(recipe, args.seed, args.stage)
         tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=args.resume_from_checkpoint)
         train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
+    peft_config = build_peft_config(recipe)  # imports what is not weights, and so before the meter
+    if args.device.type == "cpu":
+        hand_back_what_is_freed()
+    memory = PeakMemory(recipe, args.device)
     return PreferenceTrainer(
         model=build_model(recipe, args, tokenizer),
         ref_model=build_reference(recipe),
@@ -42,8 +50,8 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        callbacks=[MetricsFile(args.output_dir), SaveOnSigterm()],
-        peft_config=build_peft_config(recipe),
+        callbacks=[MetricsFile(args.output_dir), SaveOnSigterm(), memory],
+        peft_config=peft_config,
     )
 
 
@@ -64,7 +72,24 @@ def run_training(trainer: PreferenceTrainer) -> list[Path]:
         trainer.evaluate()
     trainer.save_model(args.output_dir)
     trainer.save_state()
+    if args.world_size == 1:
+        _compare_memory(trainer)
     return draw_curves(args.output_dir) if trainer.is_world_process_zero() else []
+
+
+def _compare_memory(trainer: PreferenceTrainer) -> None:
+    """Log the peak that `fastpo plan` predicts for the longest batch of the data beside the one that was measured."""
+    memory = trainer.pop_callback(PeakMemory)
+    if memory is None or memory.bytes is None:
+        return
+    rows, on_gpu = lengths_of(trainer.train_dataset), memory.meter.device.type == "cuda"
+    try:
+        predicted = Planner(memory.recipe, trainer.args, rows, on_gpu).predict().total
+    except Exception as error:  # a forecast must not spoil the run, which is over and saved
+        logger.warning("peak memory: measured %.2f GB; not predicted: %s", memory.bytes / GB, error)
+        return
+    logger.info("peak memory: predicted %.2f GB, measured %.2f GB", predicted / GB, memory.bytes / GB)
+    trainer.log({"memory/predicted_gb": predicted / GB, "memory/measured_gb": memory.bytes / GB})
 
 
 def evaluate(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> dict[str, float]:

@@ -489,3 +489,7 @@ def _zero_gradients(operands: Operands, needs: Needs) -> Iterator[Tensor]:
 def _(*args):  # type: ignore[no-untyped-def]
     operands, rest = _parse(args)
     return tuple(_zero_gradients(operands, Needs(*rest[: len(Needs._fields)])))
+
+
+# The ops' own code, for tensors without data: what it allocates shows nowhere else.
+OPS_IN_PYTHON = {op._opoverload: op._init_fn for op in (_linear_statistics, _linear_statistics_backward)}

@@ -122,6 +122,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.op_checks": (set(), {"torch"}),
     "fastpo.ops": ({"fastpo.kernels", "fastpo.op_checks", "fastpo.reference", "fastpo.types"}, {"torch"}),
     "fastpo.vocab_parallel": ({"fastpo.ops", "fastpo.types"}, {"torch"}),
+    "fastpo.shape_mode": ({"fastpo.ops"}, {"torch"}),
     "fastpo.scores": ({"fastpo.config", "fastpo.links", "fastpo.ops", "fastpo.types"}, {"torch"}),
     "fastpo.loss_inputs": ({"fastpo.config", "fastpo.links", "fastpo.scores", "fastpo.types"}, {"torch"}),
     "fastpo.losses": (
