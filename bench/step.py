@@ -62,19 +62,20 @@ def main(argv: list[str], command: str) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     session = StepSession(preset, arguments.only or list(CONTENDERS), arguments.threads)
-    try:
-        for repeat in range(arguments.repeats or preset.repeats):
-            session.round(f"round {repeat + 1}")
-    except GateError as error:
-        print(f"no report: {error}", file=sys.stderr)
-        return 1
     device = torch.device("cpu")
     meta = describe(device, command, torch.get_num_threads()) | {"preset": preset.name}
     ceiling = gemm_ceiling(device, torch.float32)
-    result = {"meta": meta, "gemm_ceiling_tflops": ceiling} | session.as_json()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{preset.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / f"{preset.name}.md").write_text(full_report(result))
+    try:
+        for repeat in range(arguments.repeats or preset.repeats):
+            session.round(f"round {repeat + 1}")
+            # After every round, so that one who cannot wait has those that are done.
+            result = {"meta": meta, "gemm_ceiling_tflops": ceiling} | session.as_json()
+            (arguments.out / f"{preset.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+            (arguments.out / f"{preset.name}.md").write_text(full_report(result))
+    except GateError as error:
+        print(f"no report: {error}", file=sys.stderr)
+        return 1
     print(full_report(result))
     return 0
 
