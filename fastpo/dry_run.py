@@ -20,6 +20,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, PrinterCallback
 
 from fastpo.arguments import PreferenceTrainingArguments
+from fastpo.backbone import causal_lm
 from fastpo.data import VECTOR_COLUMNS
 from fastpo.recipe import RecipeArguments, build_peft_config, model_config, weights_dtype
 from fastpo.reference_model import Reference
@@ -124,6 +125,10 @@ class _DryTrainer(PreferenceTrainer):
         for part, model in models.items():
             if model is not None:
                 timeline.put_down_to(part, [*model.parameters(), *model.buffers()])
+                # What goes forward and what goes backward stand in stretches of their own.
+                backbone = causal_lm(model).base_model
+                backbone.register_forward_pre_hook(lambda *_: timeline.mark())
+                backbone.register_forward_hook(lambda *_: timeline.mark())
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: timeline.put_down_to("gradients", [p.grad]))

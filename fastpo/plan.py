@@ -215,11 +215,11 @@ def switches(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> list
         has_second_model = not recipe.use_peft or recipe.ref_model_name_or_path
         if args.preference_config.needs_reference and has_second_model and not args.precompute_ref_log_probs:
             found.append({"precompute_ref_log_probs": True})
-        if not args.split_responses and not args.prefix_sharing:
-            found.append({"split_responses": True})
     if batch > 1:
         accumulated = batch * args.gradient_accumulation_steps
         found.append({"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulated})
+    if args.stage == "dpo" and not args.split_responses and not args.prefix_sharing:
+        found.append({"split_responses": True})
     if not recipe.use_peft and args.optim not in EIGHT_BIT_OPTIMIZERS:
         found.append({"optim": "adamw_8bit"})
     if not recipe.use_peft:

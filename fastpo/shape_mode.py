@@ -158,17 +158,18 @@ class ShapeMode(TorchDispatchMode):
         results = list(HEAD_ROWS_OF) if "grad_logps" in call else []
         results = [name for name in results if call[name] is not None and call[f"needs_{name}"]]
         with self.part("head"), self:
-            held = [torch.empty(rest, *call[name].shape[1:], dtype=call[name].dtype) for name in results]
-            held.append(torch.empty(-(-workspace // 4), dtype=torch.float32))
+            room = [torch.empty(rest, *call[name].shape[1:], dtype=call[name].dtype) for name in results]
+            buffer = torch.empty(-(-workspace // 4), dtype=torch.float32)
             out = list(HEAD_OPS[func](*call.values()))
-            del held
+            if "grad_logps" in call:
+                self.timeline.put_down_to("gradients", [*room, *out[1:]])
+            del room, buffer
             for name in results if rest else ():
                 short, out[RESULTS.index(name)] = out[RESULTS.index(name)], None
                 shape, dtype = (size, *short.shape[1:]), short.dtype
                 del short
                 out[RESULTS.index(name)] = torch.empty(shape, dtype=dtype)
-        if "grad_logps" in call:
-            self.timeline.put_down_to("gradients", out[1:])
+                self.timeline.put_down_to("gradients", [out[RESULTS.index(name)]])
         return tuple(out)
 
 

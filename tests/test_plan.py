@@ -138,6 +138,14 @@ def test_full_training(tmp_path: Path) -> None:
     assert at_the_step["optimizer"] == most(found, "optimizer")
 
 
+def test_a_tied_heads_gradient_is_a_gradient_from_the_first(tmp_path: Path) -> None:
+    shape = {**RECIPE["model_config"], "vocab_size": 20_000, "tie_word_embeddings": True}
+    found, head = stretches(planner(tmp_path, model_config=shape)), 20_000 * SHAPE["hidden_size"] * 4
+    # The head's waits for the embedding's, to be added to it.
+    assert most(found, "gradients") >= 2 * head
+    assert max(found, key=lambda parts: parts.get("head", 0))["gradients"] >= head
+
+
 def test_lora(tmp_path: Path) -> None:
     of = planner(tmp_path, use_peft=True, lora_r=4, lora_modules_to_save=None)
     model, found = model_of(of), stretches(of)
@@ -207,11 +215,16 @@ def test_the_fused_head_has_its_buffers(tmp_path: Path) -> None:
 # --- many layers and rows, lengths of the data ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_peft": True, "gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize("fields", [
+    {}, {"use_peft": True, "gradient_checkpointing": True},
+    # A backward pass and the next forward pass with no head between them.
+    {"use_peft": True, "lora_r": 2, "gradient_checkpointing": True, "gradient_accumulation_steps": 2,
+     "split_responses": True, "max_length": 256, "per_device_train_batch_size": 2},
+], ids=str)  # fmt: skip
 def test_straight_lines_end_where_the_whole_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
-    shape = {**RECIPE["model_config"], "num_hidden_layers": 7}
+    shape = {**RECIPE["model_config"], "num_hidden_layers": 9, "intermediate_size": 256}
     arguments = {"model_config": shape, "per_device_train_batch_size": 6, **fields}
     carried_on = planner(tmp_path, **arguments).predict()
     monkeypatch.setattr(plan, "MORE", 100)
