@@ -81,8 +81,8 @@ def finish(process: Any, run: Path) -> tuple[int, str]:
 
 
 def rows(run: Path) -> list[dict[str, float]]:
-    """What was logged, without what the clock says."""
-    timed = ("runtime", "per_second")
+    """What was logged, without what the clock and the memory of one run say."""
+    timed = ("runtime", "per_second", "measured_gb")
     return [{k: v for k, v in row.items() if not k.endswith(timed)} for row in read_metrics(run / "metrics.jsonl")]
 
 
