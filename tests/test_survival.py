@@ -216,9 +216,9 @@ def test_sigterm_saves_after_the_step_says_how_to_go_on_and_exits_with_143(
     status, output = finish(start(recipe, run, *RESUME), run)
     assert status == 0, output[-2000:]
     assert same_state(run / "checkpoint-12", whole / "checkpoint-12")
-    summary, evaluation = rows(run)[-2:]
-    assert evaluation == rows(whole)[-1]
-    assert summary["train_loss"] == pytest.approx(rows(whole)[-2]["train_loss"], rel=1e-6)
+    summary, evaluation, memory = rows(run)[-3:]
+    assert [evaluation, memory] == rows(whole)[-2:]
+    assert summary["train_loss"] == pytest.approx(rows(whole)[-3]["train_loss"], rel=1e-6)
     assert [row["step"] for row in rows(run) if "loss" in row] == [2, 3, 4, 5, 6, 8, 9, 10, 12]
 
 
