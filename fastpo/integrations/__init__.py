@@ -1,0 +1,1 @@
+"""fastpo inside other trainers: each module needs the library that it is named after."""
