@@ -38,7 +38,8 @@ class Wanted:
     """What a forward shall answer beside log-probs, lengths and entropy.
 
     Attributes:
-        shared_logps, log_sum_sq_probs: the fields of `ExtendedSequenceStats`.
+        shared_logps, log_sum_sq_probs, top1, mean_logits: the fields of `ExtendedSequenceStats`; of these, the
+            reference answers with shared_logps alone.
         variance: the Disco head's mean and variance at the last token of each response.
         reference: the statistics of the model without its adapter too.
         prompt: prompt features of `BetaHeadConfig`, of the first `prompt_rows` rows; of the model without its adapter
@@ -50,12 +51,20 @@ class Wanted:
 
     shared_logps: bool = False
     log_sum_sq_probs: bool = False
+    top1: bool = False
+    mean_logits: bool = False
     variance: bool = False
     reference: bool = False
     prompt: tuple[str, ...] = ()
     prompt_rows: int = 0
     log_s: bool = False
     one_side_at_a_time: bool = False
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Of the ops, which know top1 by the token."""
+        names = {"log_sum_sq_probs": self.log_sum_sq_probs, "is_top1": self.top1, "mean_logits": self.mean_logits}
+        return tuple(name for name, wanted in names.items() if wanted)
 
 
 @dataclass
@@ -67,6 +76,8 @@ class StatsOutput(ModelOutput):
     entropy: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
     shared_logps: Tensor | None = None
+    top1: Tensor | None = None
+    mean_logits: Tensor | None = None
     ref_logps: Tensor | None = None
     ref_entropy: Tensor | None = None
     ref_shared_logps: Tensor | None = None
@@ -278,7 +289,7 @@ def _side_stats(
             reference = _Head.of(lm, rows.of(hidden))
             found |= _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
             features = ()
-            if wanted.one_side_at_a_time or wanted.log_sum_sq_probs:  # there is no joint pass for these
+            if wanted.one_side_at_a_time or wanted.extras:  # there is no joint pass for these
                 found |= _of_reference(reference.stats(rows, shared))
                 reference = None
 
@@ -287,7 +298,7 @@ def _side_stats(
         head = _Head.of(lm, rows.of(hidden))
         own: dict[str, Tensor] = {}
         if reference is None:
-            stats = head.stats(rows, shared, ("log_sum_sq_probs",) * wanted.log_sum_sq_probs)
+            stats = head.stats(rows, shared, wanted.extras)
         else:
             stats, beside = head.stats_beside(reference, rows, shared)
             own |= _of_reference(beside)
@@ -328,9 +339,12 @@ def _joined(parts: AnySequenceStats) -> ExtendedSequenceStats:
     """Statistics of rows from those of their two parts."""
     lengths = parts.lengths.view(-1, 2).sum(dim=1)
     entropy = (parts.entropy * parts.lengths).view(-1, 2).sum(dim=1) / lengths.clamp(min=1)
-    logps, squares = parts.logps.view(-1, 2), getattr(parts, "log_sum_sq_probs", None)
-    squares = None if squares is None else squares.view(-1, 2).sum(dim=1)
-    return ExtendedSequenceStats(logps.sum(dim=1), lengths, entropy, squares, shared_logps=logps[:, 0])
+    logps, found = parts.logps.view(-1, 2), _named(parts)
+    sums = {name: found[name].view(-1, 2).sum(dim=1) for name in _SUMMED if name in found}
+    return ExtendedSequenceStats(logps.sum(dim=1), lengths, entropy, shared_logps=logps[:, 0], **sums)
+
+
+_SUMMED = ("log_sum_sq_probs", "top1", "mean_logits")
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Impl = Literal["auto", "fused", "chunked", "reference"]
 Mode = Literal["auto", "no_grad", "frozen", "lean", "stash"]
 IMPLEMENTATIONS = ("auto", "fused", "chunked", "reference")
 MODES = ("auto", "no_grad", "frozen", "lean", "stash")
-EXTRAS = ("log_sum_sq_probs",)
+EXTRAS = ("log_sum_sq_probs", "is_top1", "mean_logits")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 LORA_ROWS, LORA_HEAD = "lora's projected", "lora's lora_B"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpo.kernels.autograd import OPS_IN_PYTHON, Operands, Plan, Statistics, check_values, linear_statistics
+from fastpo.kernels.mean_logits import mean_logits
 from fastpo.kernels.tiles import LogitTransform, segment_sum
 from fastpo.op_checks import (
     HeadOptions,
@@ -19,7 +20,7 @@ from fastpo.op_checks import (
     check_tensors,
     sequence_ends,
 )
-from fastpo.reference import linear_kl_reference, linear_logps_reference, log_sum_sq_probs_reference
+from fastpo.reference import extras_reference, linear_kl_reference, linear_logps_reference
 from fastpo.types import ExtendedSequenceStats, ExtendedTokenStats, JointStats, SequenceStats, TokenStats
 
 # The custom ops of the head, and the Python code of each.
@@ -82,7 +83,9 @@ def linear_logps(
             hidden. "auto" is then lean. 0: exact.
         vocab_order: (V,) int64 permutation of the vocabulary, say by falling frequency, in which `skip_mass` forms
             its blocks: the more the likely tokens lie together, the more is left out. Not read for skip_mass = 0.
-        extras: further constants for 1 GEMM unit more: "log_sum_sq_probs", log sum_v p_v^2 (WPO's weights).
+        extras: further constants. "log_sum_sq_probs", log sum_v p_v^2 (WPO's weights), for 1 GEMM unit more.
+            "is_top1", whether no logit is larger than the label's: a tie counts; for nothing more. "mean_logits", the
+            mean of the logits over the vocabulary, for one reading of the head, or under a softcap 1 GEMM unit more.
 
     Returns:
         TokenStats(logps (...), entropy (...)) in nats, fp32 (float64 for float64 inputs); both differentiable once in
@@ -102,9 +105,9 @@ def linear_logps(
     found = TokenStats(stats.logps.view(labels.shape), stats.entropy.view(labels.shape))
     if not extras:
         return found
-    squares = _log_sum_sq_probs(hidden, weight, labels, bias, lora, stats, options)
+    further = _extras(extras, hidden, weight, labels, bias, lora, stats, options)
     # Typed for the many who pass no extras and unpack two.
-    return cast(TokenStats, ExtendedTokenStats(*found, squares.view(labels.shape)))
+    return cast(TokenStats, ExtendedTokenStats(*found, **{name: x.view(labels.shape) for name, x in further.items()}))
 
 
 def linear_sequence_stats(
@@ -150,11 +153,14 @@ def linear_sequence_stats(
     check_extras(extras)
     ends = sequence_ends(hidden, cu_seqlens)
     stats = _statistics(hidden, None, weight, labels, bias, lora, ends, False, options)
-    found = _sequences(stats.seq_logps, stats.seq_entropy, _lengths(labels, ends, ignore_index))
+    found = _sequences(stats.seq_logps, stats.seq_entropy, _counts(labels.reshape(-1) != ignore_index, ends))
     if not extras:
         return found
-    squares = _log_sum_sq_probs(hidden, weight, labels, bias, lora, stats, options)
-    return cast(SequenceStats, ExtendedSequenceStats(*found, segment_sum(squares, ends)))
+    further = _extras(extras, hidden, weight, labels, bias, lora, stats, options)
+    sums = {name: segment_sum(x, ends) for name, x in further.items() if name != "is_top1"}
+    if "is_top1" in further:
+        sums["top1"] = _counts(further["is_top1"], ends)
+    return cast(SequenceStats, ExtendedSequenceStats(*found, **sums))
 
 
 def joint_linear_logps(
@@ -217,7 +223,7 @@ def joint_linear_sequence_stats(
     chosen = _joint_options("joint_linear_sequence_stats", options)
     ends = sequence_ends(hidden, cu_seqlens)
     stats = _statistics(hidden, ref_hidden, weight, labels, bias, None, ends, kl, chosen)
-    lengths = _lengths(labels, ends, chosen.ignore_index)
+    lengths = _counts(labels.reshape(-1) != chosen.ignore_index, ends)
     policy = _sequences(stats.seq_logps, stats.seq_entropy, lengths)
     return JointStats(
         policy, _sequences(stats.ref_seq_logps, stats.ref_seq_entropy, lengths), stats.seq_kl if kl else None
@@ -231,9 +237,9 @@ def _joint_options(function: str, options: HeadOptions) -> Options:
     return Options(**options)
 
 
-def _lengths(labels: Tensor, ends: Tensor, ignore_index: int) -> Tensor:
-    counted_before = torch.nn.functional.pad((labels.reshape(-1) != ignore_index).cumsum(0), (1, 0))
-    return counted_before[ends].diff()
+def _counts(flags: Tensor, ends: Tensor) -> Tensor:
+    """(S,) int64 how many of flags (M,) bool are set in each sequence."""
+    return torch.nn.functional.pad(flags.cumsum(0), (1, 0))[ends].diff()
 
 
 def _sequences(logps: Tensor, entropy: Tensor, lengths: Tensor) -> SequenceStats:
@@ -256,13 +262,8 @@ def _statistics(
     impl = _choose_impl(options.impl, hidden)
     projected, lora_b = (None, None) if lora is None else lora
     mode = _choose_mode(options, impl, rows=(hidden, projected), head=(weight, bias, lora_b))
-    softcap = None if options.softcap is None else float(options.softcap)
-    transform = LogitTransform(float(options.logit_scale), softcap, float(options.temperature))
-    if ref_hidden is not None:
-        ref_hidden = ref_hidden.detach().flatten(0, -2)
-    if projected is not None:
-        projected = projected.flatten(0, -2)
-    operands = _autocast(Operands(hidden.flatten(0, -2), weight, bias, projected, lora_b, ref_hidden))
+    transform = _transform(options)
+    operands = _operands(hidden, ref_hidden, weight, bias, lora)
     order = options.vocab_order if options.skip_mass > 0 else None
     with (
         torch.autocast(hidden.device.type, enabled=False),
@@ -301,7 +302,8 @@ def _sharded(operands: Operands, labels: Tensor, ends: Tensor | None, order: Ten
 
 
 @torch.no_grad()
-def _log_sum_sq_probs(
+def _extras(
+    names: Sequence[str],
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -309,22 +311,32 @@ def _log_sum_sq_probs(
     lora: tuple[Tensor, Tensor] | None,
     stats: Statistics,
     options: Options,
-) -> Tensor:
-    """log sum_v p_v^2 of each row (M,), 0 where it is ignored.
-
-    It is the log-sum-exp of the doubled logits less twice that of the logits, so one more forward at half the
-    temperature does: no kernel has to know of it.
-    """
-    halved = options._replace(temperature=options.temperature / 2, mode="auto", skip_mass=0.0, memory_budget=None)
-    if options.impl != "reference":
+) -> dict[str, Tensor]:
+    """Name -> (M,) of each row, 0 or False where it is ignored."""
+    keep, transform = labels.reshape(-1) != options.ignore_index, _transform(options)
+    operands = _operands(hidden, None, weight, bias, lora)
+    if options.impl == "reference":
+        return _reference_extras(names, operands, labels.reshape(-1), keep, transform)
+    found = {}
+    if "log_sum_sq_probs" in names:
+        # The log-sum-exp of the doubled logits less twice that of the logits: no kernel has to know of it.
+        halved = options._replace(temperature=options.temperature / 2, mode="auto", skip_mass=0.0, memory_budget=None)
         doubled = _statistics(hidden.detach(), None, weight, labels, bias, lora, None, False, halved)
-        return doubled.lse - 2 * stats.lse
-    keep = labels.reshape(-1) != options.ignore_index
-    rows = hidden.flatten(0, -2)[keep]
-    lora = None if lora is None else (lora[0].flatten(0, -2)[keep], lora[1])
-    logit_options = {name: getattr(options, name) for name in ("logit_scale", "softcap", "temperature")}
-    squares = log_sum_sq_probs_reference(rows, weight, bias, lora, **logit_options)
-    return squares.new_zeros(keep.shape).masked_scatter(keep, squares)
+        found["log_sum_sq_probs"] = doubled.lse - 2 * stats.lse
+    if "is_top1" in names:
+        found["is_top1"] = keep & (stats.label_logit >= stats.max_logit)
+    if "mean_logits" in names:
+        with torch.autocast(hidden.device.type, enabled=False):
+            found["mean_logits"] = _mean_logits(operands, keep, transform)
+    return found
+
+
+def _mean_logits(operands: Operands, keep: Tensor, transform: LogitTransform) -> Tensor:
+    if hasattr(operands.weight, "device_mesh"):
+        from fastpo.kernels.sharded import sharded_mean_logits
+
+        return sharded_mean_logits(operands, keep, transform)
+    return mean_logits(*operands.differentiable, keep, *transform)
 
 
 def _reference_statistics(
@@ -339,11 +351,7 @@ def _reference_statistics(
     hidden, weight, bias, projected, lora_b, ref_hidden = operands
     check_values(labels, ends, None, weight.shape[0], ignore_index)
     keep = labels != ignore_index
-    logit_options: dict[str, Any] = {
-        "logit_scale": transform.scale,
-        "softcap": transform.softcap,
-        "temperature": transform.temperature,
-    }
+    logit_options = _logit_options(transform)
     none = hidden.new_empty(0)
 
     def spread(values: Tensor) -> Tensor:
@@ -363,11 +371,39 @@ def _reference_statistics(
         assert ref_hidden is not None
         divergence = spread(linear_kl_reference(hidden[keep], ref_hidden[keep], weight, bias, **logit_options))
         seq_divergence = none if ends is None else segment_sum(divergence, ends)
-    return Statistics(logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *reference, *[none] * 6)
+    return Statistics(logps, entropy, divergence, seq_logps, seq_entropy, seq_divergence, *reference, *[none] * 8)
 
 
-def _autocast(operands: Operands) -> Operands:
-    """Under autocast, the operands that `torch.nn.functional.linear` would multiply there."""
+def _reference_extras(
+    names: Sequence[str], operands: Operands, labels: Tensor, keep: Tensor, transform: LogitTransform
+) -> dict[str, Tensor]:
+    hidden, weight, bias, projected, lora_b, _ = operands
+    lora = None if projected is None or lora_b is None else (projected[keep], lora_b)
+    every = extras_reference(hidden[keep], weight, labels[keep], bias, lora, **_logit_options(transform))
+    return {name: every[name].new_zeros(keep.shape).masked_scatter(keep, every[name]) for name in names}
+
+
+def _logit_options(transform: LogitTransform) -> dict[str, Any]:
+    return {"logit_scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
+
+
+def _transform(options: Options) -> LogitTransform:
+    softcap = None if options.softcap is None else float(options.softcap)
+    return LogitTransform(float(options.logit_scale), softcap, float(options.temperature))
+
+
+def _operands(
+    hidden: Tensor,
+    ref_hidden: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
+) -> Operands:
+    """The rows flattened, and under autocast in the dtype that `torch.nn.functional.linear` would multiply there."""
+    projected, lora_b = (None, None) if lora is None else lora
+    ref_hidden = None if ref_hidden is None else ref_hidden.detach().flatten(0, -2)
+    projected = None if projected is None else projected.flatten(0, -2)
+    operands = Operands(hidden.flatten(0, -2), weight, bias, projected, lora_b, ref_hidden)
     device = operands.hidden.device.type
     if not torch.is_autocast_enabled(device) or operands.hidden.dtype == torch.float64:
         return operands

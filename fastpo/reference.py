@@ -53,18 +53,47 @@ def linear_kl_reference(
     return (torch.where(possible, log_p, -torch.inf).exp() * ratio).sum(-1)
 
 
-def log_sum_sq_probs_reference(
+def extras_reference(
     hidden: Tensor,
     weight: Tensor,
+    labels: Tensor,
     bias: Tensor | None,
     lora: tuple[Tensor, Tensor] | None = None,
     *,
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+) -> dict[str, Tensor]:
+    """What `extras` of `fastpo.linear_logps` can name, (N,) each, from full logits; arguments as above."""
+    logits = _logits(hidden, weight, bias, lora, logit_scale, softcap, temperature)
+    return {
+        "log_sum_sq_probs": torch.logsumexp(2 * logits.log_softmax(-1), dim=-1),
+        "is_top1": logits.gather(-1, labels[:, None])[:, 0] == logits.amax(-1),
+        "mean_logits": logits.mean(-1),
+    }
+
+
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor] | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
 ) -> Tensor:
-    """log sum_v p_v^2 (N,) from full logits; arguments as above."""
-    return torch.logsumexp(2 * _log_probs(hidden, weight, bias, lora, logit_scale, softcap, temperature), dim=-1)
+    """(N, V) logits."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if lora is not None:
+        projected, lora_b = lora
+        logits = logits + projected.to(dtype) @ lora_b.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    logits = logit_scale * logits
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits / temperature
 
 
 def _log_probs(
@@ -77,14 +106,4 @@ def _log_probs(
     temperature: float,
 ) -> Tensor:
     """(N, V) log-softmax of the logits."""
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logits = hidden.to(dtype) @ weight.to(dtype).T
-    if lora is not None:
-        projected, lora_b = lora
-        logits = logits + projected.to(dtype) @ lora_b.to(dtype).T
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    logits = logit_scale * logits
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    return torch.log_softmax(logits / temperature, dim=-1)
+    return torch.log_softmax(_logits(hidden, weight, bias, lora, logit_scale, softcap, temperature), dim=-1)

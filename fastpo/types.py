@@ -18,16 +18,20 @@ class TokenStats(NamedTuple):
 
 
 class ExtendedTokenStats(NamedTuple):
-    """`TokenStats` with what `extras` asked for.
+    """`TokenStats` with what `extras` asked for, as constants; None where it did not.
 
     Attributes:
         logps, entropy: as in `TokenStats`.
-        log_sum_sq_probs: log sum_v p_v^2 of the predicted distribution, a constant.
+        log_sum_sq_probs: log sum_v p_v^2 of the predicted distribution.
+        is_top1: bool, whether no token is more probable than the label; False where the label is ignored.
+        mean_logits: mean over the vocabulary of the logits, as scale, softcap and temperature leave them.
     """
 
     logps: Tensor
     entropy: Tensor
-    log_sum_sq_probs: Tensor
+    log_sum_sq_probs: Tensor | None = None
+    is_top1: Tensor | None = None
+    mean_logits: Tensor | None = None
 
 
 class SequenceStats(NamedTuple):
@@ -60,6 +64,8 @@ class ExtendedSequenceStats(NamedTuple):
         logps, lengths, entropy: as in `SequenceStats`.
         log_sum_sq_probs: (B,) sum over the tokens of log sum_v p_v^2, a constant; for WPO's weights.
         shared_logps: (B,) as logps, of the tokens within the shorter response of the pair; for LD-DPO.
+        top1: (B,) int64 number of tokens than which none is more probable; over lengths, the token accuracy.
+        mean_logits: (B,) sum over the tokens of the mean over the vocabulary of the logits, a constant.
     """
 
     logps: Tensor
@@ -67,6 +73,8 @@ class ExtendedSequenceStats(NamedTuple):
     entropy: Tensor
     log_sum_sq_probs: Tensor | None = None
     shared_logps: Tensor | None = None
+    top1: Tensor | None = None
+    mean_logits: Tensor | None = None
 
     def split(self) -> tuple["ExtendedSequenceStats", "ExtendedSequenceStats"]:
         """As `SequenceStats.split`."""

@@ -92,6 +92,8 @@ class Statistics(NamedTuple):
     ref_entropy: Tensor  # (M,)
     ref_seq_logps: Tensor  # (S,)
     ref_seq_entropy: Tensor  # (S,)
+    max_logit: Tensor  # (M,)
+    label_logit: Tensor  # (M,)
     lse: Tensor  # (M,)
     ref_lse: Tensor  # (M,)
     unit: Tensor  # (rows that count, or M, W) with W as `Problem` says
@@ -241,6 +243,8 @@ def _shapes(
         "ref_entropy": (refs, (m,), dtype),
         "ref_seq_logps": (refs, (sequences,), dtype),
         "ref_seq_entropy": (refs, (sequences,), dtype),
+        "max_logit": (own, (m,), dtype),
+        "label_logit": (own, (m,), dtype),
         "lse": (own, (m,), dtype),
         "ref_lse": (refs, (m,), dtype),
         "unit": (plan.mode == "frozen", (rows, _width(operands, plan)), dtype),
@@ -277,8 +281,8 @@ def _linear_statistics(
     kl: bool,
     static: bool,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     plan = Plan(scale, softcap, temperature, ignore_index, impl, mode, memory_budget, skip_mass, kl, static)
     operands = Operands(hidden, weight, bias, projected, lora_b, ref_hidden)
@@ -304,6 +308,7 @@ def _linear_statistics(
     found: dict[str, Tensor | None] = {
         **{prefix + name: rows.spread(getattr(part, name), m) for prefix, part in parts.items() for name in _PER_ROW},
         **{prefix + name: getattr(part, name) for prefix, part in parts.items() for name in _PER_SEQUENCE},
+        **{name: rows.spread(getattr(answer.policy, name), m) for name in ("max_logit", "label_logit")},
         "kl": None if answer.kl is None else rows.spread(answer.kl, m),
         "seq_kl": answer.seq_kl,
         "unit": answer.unit,
@@ -450,10 +455,10 @@ def _linear_statistics_backward(
         grads = grads._replace(logps=None)
     if any(grad is not None for grad in grads):
         problem = _problem(rows, operands, order, plan)
-        policy = RowStats(rows.take(logps), rows.take(entropy), rows.take(lse), nothing, nothing)
+        policy = RowStats(rows.take(logps), rows.take(entropy), rows.take(lse), *[nothing] * 4)
         reference = None
         if ref_hidden is not None:
-            reference = RowStats(rows.take(ref_logps), rows.take(ref_entropy), rows.take(ref_lse), nothing, nothing)
+            reference = RowStats(rows.take(ref_logps), rows.take(ref_entropy), rows.take(ref_lse), *[nothing] * 4)
         found = _implementation(impl).backward(
             problem, policy, reference, rows.take(kl_value) if kl else None, grads, needs,
             stash=Stash(stash[:count], stash_peak[:, :count]) if stash.numel() else None,

@@ -126,8 +126,9 @@ class _Online:
         logps = torch.where(self.label_logit <= LOWEST, -math.inf, (self.label_logit - self.peak) - log_mass)
         entropy = log_mass - self.moment / self.mass
         # Rows that do not count are in no sum; whoever asked sets their own statistics to 0.
-        sums = (segment_sum(torch.where(self.labels >= 0, x, 0), offsets) for x in (logps, entropy))
-        return RowStats(logps, entropy, self.peak + log_mass, *sums)
+        seq_logps, seq_entropy = (segment_sum(torch.where(self.labels >= 0, x, 0), offsets) for x in (logps, entropy))
+        lse = self.peak + log_mass
+        return RowStats(logps, entropy, lse, seq_logps, seq_entropy, self.peak, self.label_logit)
 
 
 def block_shape(hidden: Tensor) -> tuple[int, int]:
@@ -204,6 +205,29 @@ def forward(
         divergence = cross / policy.mass - (stats.lse - ref_stats.lse)
         seq_divergence = segment_sum(torch.where(problem.labels >= 0, divergence, 0), offsets)
     return Answer(stats, ref_stats, divergence, seq_divergence, expected, stash, blocks)
+
+
+def logit_sums(problem: Problem) -> Tensor:
+    """(N,) sum of each row's logits over the head's columns; a product of the plane's size only under a softcap."""
+    hidden, transform = problem.hidden, problem.transform
+    n, v, dtype = hidden.shape[0], problem.weight.shape[0], accumulator_dtype(hidden.dtype)
+    sums = hidden.new_zeros(n, dtype=dtype)
+    if transform.softcap is not None:
+        for tile in _tiles(problem, buffers=1):
+            z = _logits(hidden[tile.rows], tile.weight, tile.bias, transform, tile.buffers[0])
+            sums[tile.rows] += z.sum(1)
+        return sums
+    head_sum, bias_sum = hidden.new_zeros(hidden.shape[1], dtype=dtype), hidden.new_zeros((), dtype=dtype)
+    rows, cols = _tile_shape(problem)
+    for first in range(0, v, cols):
+        weight, bias = problem.head(slice(first, first + cols))
+        head_sum += weight.sum(0, dtype=dtype)
+        if bias is not None:
+            bias_sum += bias.sum(dtype=dtype)
+    for first in range(0, n, rows):  # a block at a time: it is upcast
+        here = slice(first, first + rows)
+        torch.mv(hidden[here].to(dtype), head_sum, out=sums[here])
+    return sums.add_(bias_sum).mul_(transform.gain)
 
 
 def _new_stash(problem: Problem, rows: int) -> Stash:

@@ -173,10 +173,10 @@ def joint_forward_kernel(
 
 @triton.jit
 def reduce_kernel(
-    part_max, part_sum, part_moment, part_gap, label_logit, logps, entropy, lse, gap, N, num_tiles,
+    part_max, part_sum, part_moment, part_gap, label_logit, logps, entropy, lse, max_logit, gap, N, num_tiles,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, HAS_GAP: tl.constexpr,
 ):  # fmt: skip
-    """logps, entropy, lse (N,) of BLOCK_R rows a program, and gap (N,) = sum_v p_v (z_v - z_ref_v)."""
+    """logps, entropy, lse, max_logit (N,) of BLOCK_R rows a program, and gap (N,) = sum_v p_v (z_v - z_ref_v)."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     in_range = rows < N
     m = tl.full((BLOCK_R,), LOWEST, dtype=tl.float32)
@@ -208,6 +208,7 @@ def reduce_kernel(
     tl.store(logps + rows, tl.where(label <= LOWEST, float("-inf"), label - m - log_mass), mask=in_range)
     tl.store(entropy + rows, log_mass - moment / mass, mask=in_range)
     tl.store(lse + rows, m + log_mass, mask=in_range)
+    tl.store(max_logit + rows, m, mask=in_range)
     if HAS_GAP:
         tl.store(gap + rows, total_gap / mass, mask=in_range)
 

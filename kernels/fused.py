@@ -358,7 +358,7 @@ def _reduce(
     """Statistics of each n rows that the partials hold, and the mean gap to the reference's logits."""
     _, tiles, rows = partials.tiles.shape
     # Apart, not slices of one tensor: autograd refuses in-place changes of such views.
-    outputs = [torch.empty_like(partials.label_logit) for _ in range(4)]
+    outputs = [torch.empty_like(partials.label_logit) for _ in range(5)]
     forward_kernels.reduce_kernel[(triton.cdiv(rows, REDUCE["BLOCK_R"]),)](
         *partials.tiles, partials.tiles if part_gap is None else part_gap, partials.label_logit, *outputs,
         rows, tiles, **REDUCE, HAS_GAP=part_gap is not None, num_warps=PASS_WARPS,
@@ -366,9 +366,11 @@ def _reduce(
     *stats, gap = outputs
     found = []
     for first in range(0, rows, n):
-        logps, entropy, lse = (x if rows == n else x[first : first + n].clone() for x in stats)
-        sums = (_sequence_sums(x, labels, offsets) for x in (logps, entropy))
-        found.append(RowStats(logps, entropy, lse, *sums))
+        logps, entropy, lse, max_logit, label_logit = (
+            x if rows == n else x[first : first + n].clone() for x in (*stats, partials.label_logit)
+        )
+        seq_logps, seq_entropy = (_sequence_sums(x, labels, offsets) for x in (logps, entropy))
+        found.append(RowStats(logps, entropy, lse, seq_logps, seq_entropy, max_logit, label_logit))
     return found, gap
 
 

@@ -21,7 +21,8 @@ from fastpo.kernels.autograd import (
     linear_statistics,
     statistics_gradients,
 )
-from fastpo.kernels.tiles import LOWEST, LogitTransform, Needs, accumulator_dtype, segment_sum
+from fastpo.kernels.chunked import logit_sums
+from fastpo.kernels.tiles import LOWEST, LogitTransform, Needs, Problem, accumulator_dtype, segment_sum
 
 # torch 2.13 has new names for these and warns of the old ones.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -85,6 +86,29 @@ def sharded_statistics(operands: Operands, labels: Tensor, ends: Tensor | None, 
     return Statistics(*(found.get(name, absent) for name in Statistics._fields))
 
 
+def sharded_mean_logits(operands: Operands, keep: Tensor, transform: LogitTransform) -> Tensor:
+    """`fastpo.kernels.mean_logits` (M,) under such a head, with the operands of `sharded_statistics`. Collective.
+
+    Args:
+        keep: (M,) bool, a plain tensor: the rows that count.
+    """
+    weight, bias = cast(DTensor, operands.weight), cast(DTensor | None, operands.bias)
+    part, _ = _slice_of(weight, bias)
+    hidden, own_rows = operands.hidden, not isinstance(operands.hidden, DTensor)
+    count, most = _row_counts(keep, part.group)
+    rows = _all_gather(_padded(hidden[keep], most), part.group) if own_rows else cast(DTensor, hidden).to_local()
+    sums = rows.new_zeros(rows.shape[0], dtype=accumulator_dtype(rows.dtype))
+    if part.size and rows.shape[0]:
+        local_bias = None if bias is None else bias.to_local()
+        sums = logit_sums(Problem(rows, weight.to_local(), local_bias, keep, transform))
+    dist.all_reduce(sums, group=part.group)
+    means = sums / weight.shape[0]
+    if not own_rows:
+        return means.masked_fill_(~keep, 0)
+    first = part.group.rank() * most
+    return means.new_zeros(keep.shape).masked_scatter(keep, means[first : first + count])
+
+
 _SUM_OF = {
     "logps": "seq_logps",
     "entropy": "seq_entropy",
@@ -97,7 +121,7 @@ _SUM_OF = {
 def _names(plan: Plan, ref_hidden: Tensor | None) -> list[str]:
     """Which of `Statistics` there are, for tokens."""
     reference = ["ref_logps", "ref_entropy", "ref_lse"] if ref_hidden is not None else []
-    return ["logps", "entropy", "lse", *reference, *["kl"] * plan.kl]
+    return ["logps", "entropy", "max_logit", "label_logit", "lse", *reference, *["kl"] * plan.kl]
 
 
 def _slice_of(weight: DTensor, bias: Tensor | None) -> tuple[_Slice, int]:
@@ -176,7 +200,8 @@ def _nothing(hidden: Tensor, labels: Tensor, plan: Plan) -> Statistics:
     """Statistics of a slice without columns."""
     zeros = hidden.new_zeros(labels.shape, dtype=accumulator_dtype(hidden.dtype))
     none = zeros.new_empty(0)
-    return Statistics(*[zeros] * 3, *[none] * 3, *[zeros] * 2, *[none] * 2, *[zeros + LOWEST] * 2, *[none] * 4)
+    last = [zeros + LOWEST, zeros, *[zeros + LOWEST] * 2]
+    return Statistics(*[zeros] * 3, *[none] * 3, *[zeros] * 2, *[none] * 2, *last, *[none] * 4)
 
 
 def _combined(
@@ -185,10 +210,10 @@ def _combined(
     """Per-token statistics of the whole vocabulary from those of the slices, 0 where a row does not count."""
     models = ["", "ref_"] if reference else [""]
     slices = [tuple(getattr(below, model + name) for name in ("logps", "entropy", "lse")) for model in models]
-    peaks = torch.stack([lse for _, _, lse in slices])
+    peaks = torch.stack([*(lse for _, _, lse in slices), below.max_logit])
     dist.all_reduce(peaks, dist.ReduceOp.MAX, group)
     parts = []
-    for (logps, entropy, lse), peak in zip(slices, peaks, strict=True):
+    for (logps, entropy, lse), peak in zip(slices, peaks, strict=False):
         # Everything relative to the greatest slice, so that large logits cancel nothing.
         depth = lse - peak
         share = depth.exp()
@@ -196,17 +221,18 @@ def _combined(
     if kl:
         gap = below.kl + (below.lse - peaks[0]) - (below.ref_lse - peaks[1])
         parts.append(parts[0] * gap)
+    parts.append(torch.where(here, below.label_logit, 0))
     sums = torch.stack(parts)
     dist.all_reduce(sums, dist.ReduceOp.SUM, group)
-    found: dict[str, Tensor] = {}
+    found = {"max_logit": peaks[-1], "label_logit": sums[-1]}
     for model, peak, (mass, moment, label) in zip(
-        models, peaks, sums[: 3 * len(models)].unflatten(0, (-1, 3)), strict=True
+        models, peaks[:-1], sums[: 3 * len(models)].unflatten(0, (-1, 3)), strict=True
     ):
         log_mass = mass.log()
         found[model + "logps"], found[model + "entropy"] = label - log_mass, log_mass - moment / mass
         found[model + "lse"] = peak + log_mass
     if kl:
-        found["kl"] = sums[-1] / sums[0] - sums[0].log() + sums[3].log()
+        found["kl"] = sums[-2] / sums[0] - sums[0].log() + sums[3].log()
     none = peaks.new_empty(0)
     found = {name: torch.where(counts, x, 0) for name, x in found.items()}
     return Statistics(*(found.get(name, none) for name in Statistics._fields))

@@ -102,7 +102,8 @@ def join(left: Tensor, right: Tensor, width: int) -> Tensor:
 class RowStats(NamedTuple):
     """Log-probability of the label, entropy and log-sum-exp of N rows, each (N,) fp32 (float64 for float64).
 
-    seq_*: their sums over S sequences, (S,), which a backward does not read.
+    What a backward does not read: seq_*, their sums over S sequences, (S,); and (N,) the largest logit and the label's,
+    which are the same number where they are the same logit.
     """
 
     logps: Tensor
@@ -110,6 +111,8 @@ class RowStats(NamedTuple):
     lse: Tensor
     seq_logps: Tensor
     seq_entropy: Tensor
+    max_logit: Tensor
+    label_logit: Tensor
 
 
 class Stash(NamedTuple):

@@ -76,7 +76,7 @@ def test_log_sum_sq_probs_against_float64(impl: str, mode: str) -> None:
     torch.testing.assert_close(padded.log_sum_sq_probs.double().cpu(), want.view(4, 6).sum(1), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("extras", [("is_top1",), "log_sum_sq_probs"])
+@pytest.mark.parametrize("extras", [("is_top2",), "log_sum_sq_probs"])
 def test_unknown_extras_are_refused(extras: Any) -> None:
     with pytest.raises(ValueError, match="extras"):
         linear_logps(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([1, 2]), extras=extras)
