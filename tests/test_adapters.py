@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpo import PreferenceTrainer, backbone
-from fastpo.adapters import adapters_disabled
+from fastpo.adapters import as_reference
 from fastpo.recipe import RecipeArguments, build_model, build_peft_config
 
 # PEFT warns of adapters on tied or output embeddings: merging and saving them is what is tested.
@@ -129,7 +129,7 @@ def test_disabling_adapters_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
     trainer.model.train()
     before = state()
-    with pytest.raises(KeyError), adapters_disabled(lm):
+    with pytest.raises(KeyError), as_reference(lm):
         assert not lm.training and not torch.is_grad_enabled() and not trainer.model.get_model_status().enabled
         raise KeyError
     assert state() == before
