@@ -24,7 +24,7 @@ class DPOConfig(trl.DPOConfig, PreferenceTrainingArguments):  # type: ignore[mis
         TypeError, ValueError: as `PreferenceTrainingArguments`; or a field asks for what is not done here.
     """
 
-    pref_loss_type: str | dict | None = option(None, "The loss in fastpo's names, in place of loss_type.")
+    pref_loss_type: dict | str | None = option(None, "The loss in fastpo's names, in place of loss_type.")
     padding_free: bool = option(False, "Lay a batch's sequences end to end in one row, without padding.")
     precompute_ref_batch_size: int | None = option(None, "Pairs at once for it; default: per_device_eval_batch_size.")
     remove_unused_columns: bool = option(False, "Without effect: the collator picks its columns.")
