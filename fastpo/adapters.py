@@ -51,6 +51,18 @@ def add_reference_adapter(model: Any) -> None:
             copied.requires_grad_(False)
 
 
+@contextlib.contextmanager
+def without_reference_adapter(model: Any) -> Iterator[None]:
+    """A model as if it had none, for saving: transformers resumes from a folder that holds a second adapter wrongly."""
+    configs = getattr(model, "peft_config", {})
+    hidden = configs.pop(REFERENCE_ADAPTER, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            configs[REFERENCE_ADAPTER] = hidden
+
+
 def check_adapter(model: Any, *, is_reference: bool, always: bool) -> None:
     """Refuse adapters that are no part of the layers, or that change a model which is to be the reference without them.
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter
+from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter, without_reference_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
@@ -398,6 +398,10 @@ class PreferenceTrainer(AtomicTrainer):
         super().log(logs, start_time)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -137,7 +137,7 @@ def test_collator_of_trl(tmp_path: Path, plain: Any) -> None:
 
 def test_the_batch_is_padded_to_the_multiple(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, pad_to_multiple_of=48)
-    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (8, 48)
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (8, 96)
 
 
 def test_a_beta_head_trains_what_trl_cannot(tmp_path: Path) -> None:
@@ -201,13 +201,16 @@ def with_template() -> Any:
     return own
 
 
-@pytest.mark.parametrize("max_length", [None, 24, 18])
+@pytest.mark.parametrize("max_length", [None, 0.9, 0.6])  # of the longest sequence
 @pytest.mark.parametrize("kind", ROWS)
-def test_tokens_are_those_of_trl(kind: str, max_length: int | None) -> None:
+def test_tokens_are_those_of_trl(kind: str, max_length: float | None) -> None:
     rows, own = Dataset.from_list(ROWS[kind]), with_template()
-    if max_length is not None and kind in ("tools", "template"):
-        max_length += 40
-    want = tokens_of_trl(rows, max_length)
+    want = tokens_of_trl(rows, None)
+    if max_length is not None:
+        longest, shortest = (of(len(ids) for ids, _ in want) for of in (max, min))
+        max_length = max(int(max_length * longest), shortest - 2)
+        want = tokens_of_trl(rows, max_length)
+        assert max(len(ids) for ids, _ in want) <= max_length
     found = tokenize_as_trl(rows, own, max_length=max_length, source="rows")
     streamed = tokenize_as_trl(rows.to_iterable_dataset(), own, max_length=max_length, source="rows")
     for got in (found, streamed):
@@ -337,6 +340,7 @@ def test_a_model_by_its_name(tmp_path: Path, saved: str) -> None:
 
 def test_without_arguments(tmp_path: Path, saved: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     trainer = ours.DPOTrainer(saved, train_dataset=tiny_pairs())
     assert trainer.args.output_dir == f"{Path(saved).name}-DPO" and trainer.args.gradient_checkpointing
 
@@ -468,8 +472,9 @@ def test_adapters_that_are_refused(tmp_path: Path, adapter: str) -> None:
         trainer_of(tmp_path, model=adapted(adapter), peft_config=lora())
     with pytest.raises(ValueError, match="sync_ref_model needs a second model"):
         trainer_of(tmp_path, model=adapted(adapter), sync_ref_model=True)
-    model = adapted(adapter)
-    model.base_model.set_adapter([])
+    model = get_peft_model(tiny_model(), lora())
+    model.add_adapter("other", lora())
+    model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="model must have one active adapter"):
         trainer_of(tmp_path, model=model)
 
@@ -503,6 +508,7 @@ def test_a_resumed_adapter_keeps_its_reference(tmp_path: Path, adapter: str) -> 
     resumed = trainer_of(tmp_path, model=adapted(adapter), **fields)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert_same([row for row in resumed.state.log_history if "loss" in row], want)
+    assert not (tmp_path / "run/checkpoint-4/ref").exists() and "ref" in resumed.model.peft_config
 
 
 def test_tags_and_card(tmp_path: Path, saved: str) -> None:
@@ -513,7 +519,7 @@ def test_tags_and_card(tmp_path: Path, saved: str) -> None:
     assert "# run" in card and "- trl" in card
     trainer.create_model_card(model_name="mine", dataset_name="some/data", tags="further")
     card = (tmp_path / "run/README.md").read_text()
-    assert "# mine" in card and "- some/data" in card and "- further" in card and "- dpo" in card
+    assert "# mine" in card and "datasets: some/data" in card and "- further" in card and "- dpo" in card
 
 
 def test_evaluation_data_that_comes_later_is_precomputed_while_the_reference_is_there(tmp_path: Path) -> None:
@@ -568,6 +574,7 @@ def test_yaml_and_command_line_of_trl(tmp_path: Path) -> None:
     assert args.preference_config.beta == 0.3 and args.preference_config.beta_schedule["interpolation"] == "linear"
     assert args.model_init_kwargs == {"dtype": "bfloat16"} and args.pad_to_multiple_of == 8
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    parser = trl.TrlParser((trl.ScriptArguments, ours.DPOConfig, trl.ModelConfig))
     _, args, _ = parser.parse_args_and_config(["--output_dir", "out", "--use_cpu", "--pref_loss_type", '{"cauchy": 1}'])
     assert args.preference_config.loss_weights == {"cauchy": 1.0}
 
