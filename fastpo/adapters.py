@@ -73,11 +73,12 @@ def check_adapter(model: Any, *, is_reference: bool, always: bool) -> None:
     Raises:
         ValueError: prompt learning; an initialisation that moves a part of the weights into the adapter.
     """
+    below = is_reference and not has_reference_adapter(model)
     for config in getattr(model, "peft_config", {}).values():
         start = getattr(config, "init_lora_weights", None)
         if config.is_prompt_learning:
             raise ValueError(f"peft_config must adapt layers, got {config.peft_type.value}, which adds virtual tokens")
-        if is_reference and not has_reference_adapter(model) and isinstance(start, str) and start.startswith(MOVES_WEIGHTS):
+        if below and isinstance(start, str) and start.startswith(MOVES_WEIGHTS):
             raise ValueError(
                 f"ref_model must be given with init_lora_weights={start!r}: without its adapter the model is not what "
                 "it was"

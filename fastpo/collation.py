@@ -63,9 +63,7 @@ class PreferenceCollator:
         return shared <= (1 - WORTH_SHARING) * otherwise
 
 
-def _padded(
-    prompts: list[list[int]], responses: list[list[list[int]]], pad: int, multiple: int
-) -> dict[str, Tensor]:
+def _padded(prompts: list[list[int]], responses: list[list[list[int]]], pad: int, multiple: int) -> dict[str, Tensor]:
     """Prompt + response, padded on the right."""
     pairs = [(prompt, response) for side in responses for prompt, response in zip(prompts, side, strict=True)]
     width = max(len(prompt) + len(response) for prompt, response in pairs)

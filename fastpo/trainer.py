@@ -250,7 +250,7 @@ class PreferenceTrainer(AtomicTrainer):
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
             confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
-        output = dpo_stage(
+        found = dpo_stage(
             policy.sequence_stats(), stats, objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
             context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
@@ -260,7 +260,7 @@ class PreferenceTrainer(AtomicTrainer):
             # What evaluation sees is not remembered.
             state=self.running_means if model.training else dict(self.running_means),
         )  # fmt: skip
-        return output._replace(metrics=output.metrics | self.further_metrics(output, policy.sequence_stats(), inputs))
+        return found._replace(metrics=found.metrics | self.further_metrics(found, policy.sequence_stats(), inputs))
 
     def further_metrics(
         self, output: LossOutput, policy: AnySequenceStats, inputs: dict[str, Any]

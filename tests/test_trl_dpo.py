@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import json
 import logging
 from pathlib import Path
@@ -16,11 +15,10 @@ import trl
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from fastpo import PreferenceTrainingArguments
-from fastpo.architecture import heads_of
 from fastpo.integrations import trl as ours
 from fastpo.integrations.trl.dpo_data import TOKENS, tokenize_as_trl
 
@@ -233,7 +231,11 @@ def test_ids_and_sharegpt_rows_are_read_too() -> None:
     assert [row[name] for name in TOKENS] == [[5, 6, 7], [8, 9], [9]]
     said = {"human": USER["content"], "gpt": "light"}
     turns = [{"from": name, "value": text} for name, text in said.items()]
-    sharegpt = {"conversations": turns[:1], "chosen": turns[1], "rejected": {"from": "gpt", "value": "a snail, they say"}}
+    sharegpt = {
+        "conversations": turns[:1],
+        "chosen": turns[1],
+        "rejected": {"from": "gpt", "value": "a snail, they say"},
+    }
     found, want = (
         tokenize_as_trl(Dataset.from_list([rows]), tokenizer(), max_length=None, source="rows")[0]
         for rows in (sharegpt, ROWS["messages"][0])
@@ -365,7 +367,7 @@ MISUSE: dict[str, tuple[Fields, type[Exception], str]] = {
     ),
     "nothing to move": ({"sync_ref_model": True, "loss_type": ["sft"]}, ValueError, "sync_ref_model needs a second"),
     "head to move": (
-        {"sync_ref_model": True, "add_disco_head": True, "pref_loss_type": "disco"}, ValueError, "sync_ref_model must be",
+        {"sync_ref_model": True, "add_disco_head": True, "pref_loss_type": "disco"}, ValueError, "sync_ref_model",
     ),
 }  # fmt: skip
 
@@ -606,7 +608,7 @@ REFUSED: dict[str, tuple[Fields, str]] = {
     ),
     "multiple without padding": ({"pad_to_multiple_of": 8, "padding_free": True}, "pad_to_multiple_of must be None"),
     "learned ipo": (
-        {"loss_type": ["ipo"], "add_beta_head": True, "beta_mode": "dynamic_scaling"}, "cannot be paired with beta_mode",
+        {"loss_type": ["ipo"], "add_beta_head": True, "beta_mode": "dynamic_scaling"}, "cannot be paired with",
     ),
 }  # fmt: skip
 

@@ -18,4 +18,5 @@ def card_text(trainer: Any, model_name: str | None, dataset_name: str | None, ta
         tags=sorted({*trainer._tag_names, *([tags] if isinstance(tags, str) else tags or ())}),
     )  # fmt: skip
     origin = "a language model" if base is None else f"[{base}](https://huggingface.co/{base})"
-    return f"---\n{data.to_yaml()}\n---\n\n# {model_name or 'Model'}\n\nTrained with fastpo on preferences, from {origin}.\n"
+    title = model_name or "Model"
+    return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\nTrained with fastpo on preferences, from {origin}.\n"

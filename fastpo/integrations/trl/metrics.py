@@ -22,15 +22,13 @@ def trl_metrics(output: LossOutput, policy: AnySequenceStats, objective: Prefere
         objective: what `output` is of.
     """
     chosen, rejected = policy.split()
-    rewards = output.chosen_rewards, output.rejected_rewards
+    rewards, other = output.chosen_rewards, output.rejected_rewards
     if objective.per_token:
-        rewards = tuple(
-            reward * side.lengths.clamp(min=1) for reward, side in zip(rewards, (chosen, rejected), strict=True)
-        )
-    margins = rewards[0] - rewards[1]
+        rewards, other = rewards * chosen.lengths.clamp(min=1), other * rejected.lengths.clamp(min=1)
+    margins = rewards - other
     return {
-        "rewards/chosen": rewards[0].mean(),
-        "rewards/rejected": rewards[1].mean(),
+        "rewards/chosen": rewards.mean(),
+        "rewards/rejected": other.mean(),
         "rewards/accuracies": (margins > 0).to(margins.dtype).mean(),
         "rewards/margins": margins.mean(),
         "logps/chosen": desensitized(chosen, objective.ld_alpha).mean(),
@@ -51,15 +49,16 @@ class TokenCount(TrainerCallback):
     """Counts the tokens trained on by this process, on from the last log of the run that is resumed."""
 
     def __init__(self) -> None:
-        self.before, self.seen = 0, 0
+        self.before, self.seen = 0, torch.zeros((), dtype=torch.int64)
 
     def add(self, batch: Mapping[str, Tensor]) -> None:
-        self.seen = self.seen + tokens_in(batch)
+        seen = tokens_in(batch)
+        self.seen = self.seen.to(seen.device) + seen
 
     def total(self, accelerator: Any) -> int:
         """Over all processes; every process must call it."""
-        return self.before + int(accelerator.reduce(torch.as_tensor(self.seen, device=accelerator.device), "sum"))
+        return self.before + int(accelerator.reduce(self.seen.to(accelerator.device), "sum"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
-        self.before, self.seen = logged[-1] if logged else 0, 0
+        self.before, self.seen = logged[-1] if logged else 0, torch.zeros((), dtype=torch.int64)
