@@ -21,7 +21,7 @@ from bench.runner import spawn
 TOLERANCE = 1e-4  # of losses; relative above 1
 PROCESS_LIMIT = 900  # seconds
 COMMON = (
-    "--max_steps 3 --per_device_train_batch_size 2 --max_length 512 --learning_rate 1e-3 --lr_scheduler_type constant "
+    "--max_steps 3 --per_device_train_batch_size 2 --max_length 256 --learning_rate 1e-3 --lr_scheduler_type constant "
     "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm true --use_cpu --bf16 no"
 )
 ALONE = (

@@ -254,7 +254,7 @@ def tokenize_dataset(
 def row_converter(
     encode: Encode, columns: Sequence[str], own_columns: Sequence[str]
 ) -> tuple[Callable[[dict[str, Any], int], dict[str, Any]], Features]:
-    """What turns a row and its position into tokenised columns, and what is wrong with it into `problem`; their types."""
+    """What makes tokenised columns of a row and its position, with what is wrong with it in `problem`; their types."""
     own = {name: [0.0] if name in VECTOR_COLUMNS else 0.0 for name in own_columns if name in columns}
 
     def convert(row: dict[str, Any], position: int) -> dict[str, Any]:

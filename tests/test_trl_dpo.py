@@ -15,7 +15,7 @@ import trl
 from datasets import Dataset, DatasetDict, disable_progress_bars
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig, TrainingArguments
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from fastpo import PreferenceTrainingArguments
@@ -622,3 +622,10 @@ def test_refused_fields(tmp_path: Path, fields: Fields, message: str) -> None:
 def test_labels_are_smoothed_in_fastpos_name(tmp_path: Path) -> None:
     args = config(tmp_path, pref_loss_type="sigmoid", label_smoothing=0.1)
     assert args.preference_config.label_smoothing == 0.1
+
+
+def test_the_migration_table_names_every_field_of_trl() -> None:
+    text = (Path(__file__).parents[1] / "docs/trl.md").read_text()
+    from_transformers = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(trl.DPOConfig)} - from_transformers
+    assert len(own) > 20 and [name for name in sorted(own) if f"`{name}" not in text] == []
