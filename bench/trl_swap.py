@@ -21,7 +21,7 @@ from bench.runner import spawn
 TOLERANCE = 1e-4  # of losses; relative above 1
 PROCESS_LIMIT = 900  # seconds
 COMMON = (
-    "--max_steps 3 --per_device_train_batch_size 2 --max_length 256 --learning_rate 1e-3 --lr_scheduler_type constant "
+    "--max_steps 3 --per_device_train_batch_size 2 --max_length 128 --learning_rate 1e-3 --lr_scheduler_type constant "
     "--logging_steps 1 --save_strategy no --report_to none --disable_tqdm true --use_cpu --bf16 no"
 )
 ALONE = (
@@ -110,17 +110,18 @@ def main() -> int:
     result: Result = {
         "meta": describe(device, command, arguments.threads or torch.get_num_threads()),
         "gemm_ceiling_tflops": gemm_ceiling(device, torch.float32),
+        "learned_beta": run("fastpo", LEARNED, arguments.data, arguments.threads),
         "cases": {},
     }
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.only or CASES:
         pair: Result = {"options": CASES[name]}
         pair |= {library: run(library, CASES[name], arguments.data, arguments.threads) for library in ("trl", "fastpo")}
         result["cases"][name] = pair
         print(f"{name}: {'same' if holds(pair) else 'DIFFERS'}", flush=True)
-    result["learned_beta"] = run("fastpo", LEARNED, arguments.data, arguments.threads)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "trl_swap.json").write_text(json.dumps(result, indent=1) + "\n")
-    (arguments.out / "trl_swap.md").write_text(report(result))
+        # After every case, so that one who cannot wait has those that are done.
+        (arguments.out / "trl_swap.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / "trl_swap.md").write_text(report(result))
     print(report(result))
     return 0 if all(map(holds, result["cases"].values())) else 1
 
