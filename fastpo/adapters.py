@@ -1,6 +1,7 @@
-"""PEFT adapters: added, switched off for the reference, and read where they sit on the LM head."""
+"""PEFT adapters: added, exchanged for the reference's, and read where they sit on the LM head."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 
 # Ways to start LoRA (`init_lora_weights`) that take what the adapter starts with out of the weights.
 MOVES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# An adapter of this name is the reference's; TRL calls it so too.
+REFERENCE_ADAPTER = "ref"
 
 
 def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> Any:
@@ -21,6 +24,43 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> A
         # Checkpointed blocks of a frozen backbone have no gradient to follow unless their input asks for one.
         model.enable_input_require_grads()
     return get_peft_model(model, peft_config)
+
+
+def has_reference_adapter(model: Any) -> bool:
+    return REFERENCE_ADAPTER in getattr(model, "peft_config", {})
+
+
+def add_reference_adapter(model: Any) -> None:
+    """Give a PEFT model a frozen copy of its adapter as it is now, which `as_reference` uses from then on.
+
+    Raises:
+        ValueError: several adapters are active, or none.
+    """
+    if len(model.active_adapters) != 1:
+        raise ValueError(f"model must have one active adapter to train, got {model.active_adapters}")
+    [active] = model.active_adapters
+    config = copy.copy(model.peft_config[active])
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # others may move weights, and what it starts with is overwritten
+    model.add_adapter(REFERENCE_ADAPTER, config)
+    parameters = {tuple(name.split(".")): parameter for name, parameter in model.named_parameters()}
+    for name, parameter in parameters.items():
+        if active in name:
+            copied = parameters[tuple(REFERENCE_ADAPTER if part == active else part for part in name)]
+            copied.data.copy_(parameter.data)
+            copied.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def without_reference_adapter(model: Any) -> Iterator[None]:
+    """A model as if it had none, for saving: transformers resumes from a folder that holds a second adapter wrongly."""
+    configs = getattr(model, "peft_config", {})
+    hidden = configs.pop(REFERENCE_ADAPTER, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            configs[REFERENCE_ADAPTER] = hidden
 
 
 def check_adapter(model: Any, *, is_reference: bool, always: bool) -> None:
@@ -33,11 +73,12 @@ def check_adapter(model: Any, *, is_reference: bool, always: bool) -> None:
     Raises:
         ValueError: prompt learning; an initialisation that moves a part of the weights into the adapter.
     """
+    below = is_reference and not has_reference_adapter(model)
     for config in getattr(model, "peft_config", {}).values():
         start = getattr(config, "init_lora_weights", None)
         if config.is_prompt_learning:
             raise ValueError(f"peft_config must adapt layers, got {config.peft_type.value}, which adds virtual tokens")
-        if is_reference and isinstance(start, str) and start.startswith(MOVES_WEIGHTS):
+        if below and isinstance(start, str) and start.startswith(MOVES_WEIGHTS):
             raise ValueError(
                 f"ref_model must be given with init_lora_weights={start!r}: without its adapter the model is not what "
                 "it was"
@@ -61,13 +102,17 @@ def _adapter_names(model: Any) -> set[str]:
 
 
 @contextlib.contextmanager
-def adapters_disabled(lm: nn.Module) -> Iterator[None]:
-    """Within it, a causal LM answers as it does without its adapter, in evaluation mode and without gradient."""
+def as_reference(lm: nn.Module) -> Iterator[None]:
+    """Within it, a causal LM answers as the reference, in evaluation mode and without gradient.
+
+    That is with its reference adapter, where it has one, else without adapters.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     layers = [layer for layer in lm.modules() if isinstance(layer, kinds) and not layer.disable_adapters]
+    active = [layer.active_adapters for layer in layers]
     training, wants = lm.training, {parameter: parameter.requires_grad for parameter in lm.parameters()}
 
     def restore() -> None:  # PEFT freezes an adapter that it disables, and FSDP2 sees at the first forward what trains
@@ -79,12 +124,16 @@ def adapters_disabled(lm: nn.Module) -> Iterator[None]:
         for layer in layers:
             if getattr(layer, "merged", False):
                 layer.unmerge()
-            layer.enable_adapters(False)
+            if any(REFERENCE_ADAPTER in getattr(layer, part) for part in layer.adapter_layer_names):
+                layer.set_adapter([REFERENCE_ADAPTER])
+            else:
+                layer.enable_adapters(False)
         restore()
         with torch.no_grad():
             yield
     finally:
-        for layer in layers:
+        for layer, names in zip(layers, active, strict=True):
+            layer.set_adapter(names)
             layer.enable_adapters(True)
         restore()
         lm.train(training)

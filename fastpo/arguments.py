@@ -40,7 +40,7 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
     """
 
     stage: str = option("dpo", "What is trained: sft (chosen responses) or dpo (preferences).")
-    max_length: int = option(1024, "Longest prompt + completion, in tokens.")
+    max_length: int | None = option(1024, "Longest prompt + completion, in tokens; none: no limit.")
     disable_dropout: bool = option(True, "Set the model's dropout to 0, so that policy and reference compare.")
     skip_bad_rows: bool = option(False, "Leave unusable rows out, naming them, instead of stopping.")
     skip_nonfinite_steps: bool = option(False, "Skip a step whose loss or gradient is NaN or infinite, not stop at it.")
@@ -49,6 +49,7 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
     prefix_sharing: bool | None = option(
         None, "Run each prompt once for both its responses. Default: where that saves an eighth of a batch's tokens."
     )
+    pad_to_multiple_of: int | None = option(None, "Pad a batch's rows to a multiple of so many tokens.")
     split_responses: bool = option(
         False, "Hold the activations of the chosen or of the rejected responses, never both, for one more forward."
     )
@@ -67,10 +68,14 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}")
-        if isinstance(self.max_length, bool) or not isinstance(self.max_length, int) or self.max_length < 2:
-            raise ValueError(f"max_length must be an integer >= 2, got {self.max_length!r}")
+        for name, least in (("max_length", 2), ("pad_to_multiple_of", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be an integer >= {least}, or None, got {value!r}")
         if self.precompute_ref_batch_size is not None and self.precompute_ref_batch_size < 1:
             raise ValueError(f"precompute_ref_batch_size must be >= 1, got {self.precompute_ref_batch_size!r}")
+        if self.pad_to_multiple_of and (self.padding_free or self.prefix_sharing):
+            raise ValueError("pad_to_multiple_of must be None where padding_free or prefix_sharing leave no padding")
         if self.prefix_sharing and self.split_responses:
             raise ValueError("prefix_sharing=True needs both responses at once: split_responses must be False")
         if self.stage != "dpo":

@@ -17,7 +17,7 @@ from torch import Tensor, nn, segment_reduce
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from fastpo.adapters import adapters_disabled, check_head_lora, head_lora
+from fastpo.adapters import as_reference, check_head_lora, head_lora
 from fastpo.attention import PACKS_BY_POSITION, SDPA_PATHS
 from fastpo.layout import IGNORED, Rows, positions, prompts, responses, shared_lengths, sides
 from fastpo.ops import joint_linear_sequence_stats, linear_logps, linear_sequence_stats
@@ -41,9 +41,9 @@ class Wanted:
         shared_logps, log_sum_sq_probs, top1, mean_logits: the fields of `ExtendedSequenceStats`; of these, the
             reference answers with shared_logps alone.
         variance: the Disco head's mean and variance at the last token of each response.
-        reference: the statistics of the model without its adapter too.
-        prompt: prompt features of `BetaHeadConfig`, of the first `prompt_rows` rows; of the model without its adapter
-            where `reference` is set.
+        reference: the statistics of the model as its own reference too.
+        prompt: prompt features of `BetaHeadConfig`, of the first `prompt_rows` rows; of the reference where
+            `reference` is set.
         log_s: the Beta head's answer.
         one_side_at_a_time: hold the activations of the chosen or of the rejected responses, never both; the backward
             runs each forward again.
@@ -284,7 +284,7 @@ def _side_stats(
     reference: _Head | None = None
     if wanted.reference:
         # First, so that its activations are gone before the policy's come.
-        with adapters_disabled(lm):
+        with as_reference(lm):
             hidden = _hidden_states(lm, batch, others)
             reference = _Head.of(lm, rows.of(hidden))
             found |= _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)

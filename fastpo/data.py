@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 Text = str | Messages
+Encode = Callable[[dict[str, Any]], dict[str, Any]]
 # The reference's statistics, computed beforehand; lengths follow from the tokens.
 REFERENCE_COLUMNS = tuple(
     f"ref_{side}_{name}" for side in ("chosen", "rejected") for name in ("logps", "entropy", "shared_logps")
@@ -218,7 +219,7 @@ def _diagnose_json(name: str) -> str | None:
 
 
 def tokenize_dataset(
-    dataset: Dataset, tokenizer: Any, *, stage: str, max_length: int, source: str, skip_bad_rows: bool = False,
+    dataset: Dataset, tokenizer: Any, *, stage: str, max_length: int | None, source: str, skip_bad_rows: bool = False,
     num_proc: int | None = None, own_columns: Sequence[str] = ("context_scale", "pair_weight"),
 ) -> Dataset:  # fmt: skip
     """Columns prompt_ids, chosen_ids, (rejected_ids,) index, own_columns; already tokenised data passes through.
@@ -239,6 +240,21 @@ def tokenize_dataset(
                 raise ValueError(f"{source} must have at least one token in every row of prompt_ids, got none")
         return dataset if "index" in columns else dataset.add_column("index", list(range(len(dataset))))
     form = find_form(columns, stage, source)
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        pair = form(row)
+        return tokenize_pair(pair._replace(rejected=None) if stage == "sft" else pair, tokenizer, max_length)
+
+    rows = map_rows(
+        dataset, encode, source=source, skip_bad_rows=skip_bad_rows, num_proc=num_proc, own_columns=own_columns
+    )
+    return rows.remove_columns("rejected_ids") if stage == "sft" else rows
+
+
+def row_converter(
+    encode: Encode, columns: Sequence[str], own_columns: Sequence[str]
+) -> tuple[Callable[[dict[str, Any], int], dict[str, Any]], Features]:
+    """What makes tokenised columns of a row and its position, with what is wrong with it in `problem`; their types."""
     own = {name: [0.0] if name in VECTOR_COLUMNS else 0.0 for name in own_columns if name in columns}
 
     def convert(row: dict[str, Any], position: int) -> dict[str, Any]:
@@ -246,23 +262,39 @@ def tokenize_dataset(
         index = row["index"] if type(row.get("index")) is int else position
         empty: dict[str, Any] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "index": index, "problem": ""}
         try:
-            pair = form(row)
-            if stage == "sft":
-                pair = pair._replace(rejected=None)
-            tokens = tokenize_pair(pair, tokenizer, max_length)
+            tokens = encode(row)
             tokens |= {name: _numbers(name, row[name], name in VECTOR_COLUMNS) for name in own}
         except BadRowError as error:
             return empty | own | {"problem": str(error)}
         return empty | tokens
 
-    # Types stated, not taken from the first thousand rows; no cache, whose key does not see this module's code.
+    # Types stated, not taken from the first thousand rows.
     ids = List(Value("int64"))
     features = {"prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "index": Value("int64")}
     features["problem"] = Value("string")
     features |= {name: List(Value("float32")) if name in VECTOR_COLUMNS else Value("float64") for name in own}
+    return convert, Features(features)
+
+
+def map_rows(
+    dataset: Dataset, encode: Encode, *, source: str, skip_bad_rows: bool, num_proc: int | None,
+    own_columns: Sequence[str],
+) -> Dataset:  # fmt: skip
+    """Columns prompt_ids, chosen_ids, rejected_ids, index, own_columns.
+
+    Args:
+        encode: a row -> its token ids; raises `BadRowError`.
+        source, skip_bad_rows, own_columns: as in `tokenize_dataset`.
+
+    Raises:
+        ValueError: rows cannot be used and `skip_bad_rows` is off, or no row is left.
+    """
+    columns = dataset.column_names
+    convert, features = row_converter(encode, columns, own_columns)
+    # No cache, whose key does not see this module's code.
     result = dataset.map(
         convert, with_indices=True, remove_columns=columns, num_proc=num_proc, desc=f"Tokenizing {source}",
-        features=Features(features), load_from_cache_file=False,
+        features=features, load_from_cache_file=False,
     )  # fmt: skip
     problems = [(i, p) for i, p in zip(result["index"], result["problem"], strict=True) if p]
     if problems:
@@ -274,8 +306,7 @@ def tokenize_dataset(
         result = result.filter(lambda problem: not problem, input_columns="problem")
     if len(result) == 0:
         raise ValueError(f"{source} must have at least one usable row, got none")
-    unused = ["problem"] + ["rejected_ids"] * (stage == "sft")
-    return result.remove_columns(unused)
+    return result.remove_columns("problem")
 
 
 def _numbers(name: str, value: Any, vector: bool) -> Any:
@@ -288,7 +319,7 @@ def _numbers(name: str, value: Any, vector: bool) -> Any:
     return value
 
 
-def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, Any]:
+def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int | None) -> dict[str, Any]:
     """Token ids of a pair; messages go through the tokenizer's chat template, text gets an end-of-sequence token."""
     completions = {"chosen": pair.chosen, **({} if pair.rejected is None else {"rejected": pair.rejected})}
     prompts, ids = [], {}
@@ -308,6 +339,8 @@ def tokenize_pair(pair: Pair, tokenizer: Any, max_length: int) -> dict[str, Any]
     prompt = prompts[0]
     if not prompt:
         raise BadRowError(f"'prompt' must not be empty, got {_shown(pair.prompt)}")
+    if max_length is None:
+        return {"prompt_ids": prompt, **{f"{name}_ids": completion for name, completion in ids.items()}}
     room = max(max_length - max(map(len, ids.values())), max_length // 2, 1)
     prompt = prompt[-room:]
     tokens = {f"{name}_ids": completion[: max_length - len(prompt)] for name, completion in ids.items()}

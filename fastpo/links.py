@@ -336,13 +336,15 @@ class Link:
     fixed_beta: str = ""
 
 
+_TO_INFINITY = "it drives s(x) to infinity where h < 0: use 'ipo_scaled'"
 _SORTED = "it sorts the pairs apart, and s(x) belongs to a pair"
 
 LINKS: dict[str, Link] = {
     "sigmoid": Link(sigmoid),
     "sigmoid_norm": Link(sigmoid, normalized=True),
     "hinge": Link(hinge, options=("hinge_delta",)),
-    "ipo": Link(ipo, fixed_beta="it drives s(x) to infinity where h < 0: use 'ipo_scaled'"),
+    "ipo": Link(ipo, fixed_beta=_TO_INFINITY),
+    "ipo_norm": Link(ipo, normalized=True, fixed_beta=_TO_INFINITY),
     "ipo_scaled": Link(ipo_scaled),
     "square": Link(square),
     "truncated_square": Link(truncated_square, options=("hinge_delta",)),

@@ -59,6 +59,8 @@ class Planner:
         rows: Sequence[Lengths] | None = None,
         on_gpu: bool = True,
     ) -> None:
+        if rows is None and args.max_length is None:
+            raise ValueError("max_length must be given for a plan without the data, got none")
         self.recipe, self.args, self.on_gpu = recipe, args, on_gpu
         self.rows = None if rows is None else list(rows)
         self._known: dict[Any, list[dict[str, int]]] = {}
@@ -108,6 +110,7 @@ class Planner:
         size = args.per_device_train_batch_size
         if self.rows is not None:
             return longest_batches(self.rows, size)
+        assert args.max_length is not None
         # A row a token shorter, because hardly a real batch is without padding.
         return longest_batches([lengths_at(args.max_length)] * size + [lengths_at(args.max_length - 1)], size)[:1]
 
@@ -224,6 +227,6 @@ def switches(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> list
         found.append({"optim": "adamw_8bit"})
     if not recipe.use_peft:
         found.append({"use_peft": True, "dtype": "bfloat16"})
-    if args.max_length >= 2 * LENGTH_STEP:
+    if args.max_length is not None and args.max_length >= 2 * LENGTH_STEP:
         found.append({"max_length": args.max_length // 2})
     return found

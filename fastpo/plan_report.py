@@ -26,7 +26,8 @@ def plan(path: str, overrides: list[str], memory: str | None, gpu: str | None, o
     planner = Planner(recipe, args, _rows(recipe, args) if from_data else None, on_gpu=not on_cpu)
     prediction = planner.predict()
     batch, length = args.per_device_train_batch_size, args.max_length
-    what = f"{batch} {'pairs' if args.stage == 'dpo' else 'rows'} of at most {length} tokens a side"
+    tokens = "any number of tokens" if length is None else f"at most {length} tokens"
+    what = f"{batch} {'pairs' if args.stage == 'dpo' else 'rows'} of {tokens} a side"
     lines = [f"peak memory of {args.stage} with {what}, {'on a CPU' if on_cpu else 'on one GPU'}"]
     lines += [f"  {name:12} {bytes_ / GB:8.2f} GB" for name, bytes_ in prediction.parts.items() if bytes_]
     lines += [f"  {'total':12} {prediction.total / GB:8.2f} GB"]

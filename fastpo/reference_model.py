@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.adapters import adapters_disabled
+from fastpo.adapters import as_reference
 from fastpo.backbone import StatsOutput, Wanted, causal_lm, model_stats
 from fastpo.config import PreferenceConfig
 from fastpo.data import REFERENCE_COLUMNS
@@ -39,6 +39,7 @@ class Reference:
             regularizers_read = {"entropy"} & set(objective.regularizer_weights)
             self.features = tuple(sorted(set(objective.beta_head.features) | regularizers_read))
         self.model: Any = None
+        self.let_go = False  # there was a second model
 
     def lacking(self, columns: Iterable[str]) -> Lacking:
         features = tuple(name for name in self.features if f"prompt_{name}" not in columns)
@@ -70,7 +71,7 @@ class Reference:
             self.model.eval()  # an engine's returns None
             return model_stats(self.model, rows, wanted)
         self.check_adapter(unwrapped, lacking)
-        with adapters_disabled(causal_lm(unwrapped)):
+        with as_reference(causal_lm(unwrapped)):
             return model_stats(policy, rows, wanted)
 
     def columns(self, policy: Any, unwrapped: Any, batch: dict[str, Any], lacking: Lacking) -> dict[str, Tensor]:

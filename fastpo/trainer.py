@@ -7,13 +7,13 @@ from typing import Any
 
 import datasets
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastpo.adapters import add_adapter, check_adapter
+from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter, without_reference_adapter
 from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
@@ -37,7 +37,7 @@ from fastpo.reference_model import Reference
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
-from fastpo.types import LossOutput, StepTotals
+from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -150,15 +150,19 @@ class PreferenceTrainer(AtomicTrainer):
         return self.reference.model
 
     @staticmethod
-    def _tokenize(dataset: Dataset | None, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
-        if dataset is None:
-            return None
+    def tokenized(dataset: Any, source: str, args: Any, tokenizer: Any) -> Any:
+        """The dataset as the collator takes it; `source` is what errors call it."""
         if not isinstance(dataset, Dataset):
             raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
-        rows = tokenize_dataset(
+        return tokenize_dataset(
             dataset, tokenizer, stage=args.stage, max_length=args.max_length, source=source,
             skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
         )  # fmt: skip
+
+    def _tokenize(self, dataset: Any, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
+        if dataset is None:
+            return None
+        rows = self.tokenized(dataset, source, args, tokenizer)
         objective = args.preference_config
         scaled = "context_scale" in rows.column_names
         if (
@@ -246,7 +250,7 @@ class PreferenceTrainer(AtomicTrainer):
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
             confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
-        return dpo_stage(
+        found = dpo_stage(
             policy.sequence_stats(), stats, objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
             context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
@@ -256,6 +260,13 @@ class PreferenceTrainer(AtomicTrainer):
             # What evaluation sees is not remembered.
             state=self.running_means if model.training else dict(self.running_means),
         )  # fmt: skip
+        return found._replace(metrics=found.metrics | self.further_metrics(found, policy.sequence_stats(), inputs))
+
+    def further_metrics(
+        self, output: LossOutput, policy: AnySequenceStats, inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Metrics of a batch beside the objective's, or in their place; `policy` has the chosen rows first."""
+        return {}
 
     @property
     def running_means(self) -> RunningMeans:
@@ -276,7 +287,7 @@ class PreferenceTrainer(AtomicTrainer):
         model.
 
         Raises:
-            ValueError: the model is its own reference, and has been trained.
+            ValueError: the model is its own reference and has been trained, or the ref_model is gone.
         """
         rows = self._tokenize(dataset, "dataset", self.args, self.processing_class)
         lacking = self.reference.lacking(rows.column_names)
@@ -284,13 +295,15 @@ class PreferenceTrainer(AtomicTrainer):
             return rows
         args, below_adapter = self.args, self.ref_model is None and hasattr(self.model, "disable_adapter")
         own = self.ref_model is None and not below_adapter
+        if own and self.reference.let_go:
+            raise ValueError("precompute_reference must be called before the ref_model is let go")
         if own and self.state.global_step:
             raise ValueError("precompute_reference must be called before training, or with a ref_model or an adapter")
         lm = causal_lm(self.model if self.ref_model is None else self.ref_model)
         if next(lm.parameters()).device != self.accelerator.device:
             lm.to(self.accelerator.device)
         settings = {**lacking._asdict(), "precision": self.accelerator.mixed_precision}
-        key = cache_key(lm, rows, settings, below_adapter=below_adapter)
+        key = cache_key(lm, rows, settings, below_adapter=below_adapter and not has_reference_adapter(self.model))
         parent = args.reference_cache_dir or Path(datasets.config.HF_CACHE_HOME).expanduser() / "fastpo" / "reference"
 
         def compute(listed: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -319,7 +332,7 @@ class PreferenceTrainer(AtomicTrainer):
             self.eval_dataset = {name: self.precompute_reference(part) for name, part in self.eval_dataset.items()}
         elif self.eval_dataset is not None:
             self.eval_dataset = self.precompute_reference(self.eval_dataset)
-        self.reference.model = None
+        self.reference.let_go, self.reference.model = self.ref_model is not None, None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, in which every process sees a step gone wrong; None of a step that was skipped."""
@@ -345,7 +358,7 @@ class PreferenceTrainer(AtomicTrainer):
     # --- evaluation and logging -------------------------------------------------------------------------------------
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if isinstance(eval_dataset, Dataset):
+        if isinstance(eval_dataset, Dataset | IterableDataset):
             eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.args, self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -386,6 +399,10 @@ class PreferenceTrainer(AtomicTrainer):
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with without_reference_adapter(self.model):
+            super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_heads(self.model, resume_from_checkpoint)
@@ -408,7 +425,8 @@ def _collator(own: Callable | None, args: PreferenceTrainingArguments, tokenizer
     """
     if own is None:
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return PreferenceCollator(pad, args.stage, args.padding_free, _prefix_sharing(args, *models))
+        sharing = _prefix_sharing(args, *models)
+        return PreferenceCollator(pad, args.stage, args.padding_free, sharing, args.pad_to_multiple_of)
     for name in ("padding_free", "prefix_sharing", "precompute_ref_log_probs"):
         if getattr(args, name):
             raise ValueError(f"{name} is done by fastpo's own collator: data_collator must be None")
@@ -420,7 +438,8 @@ def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | N
     lms = [causal_lm(model) for model in models if model is not None]
     if args.padding_free and (reason := use_path_attention(lms, shared=False)):
         raise ValueError(f"padding_free must be False: {reason}")
-    if args.prefix_sharing is None and (args.split_responses or args.torch_compile or args.stage != "dpo"):
+    needs_padding = args.split_responses or args.torch_compile or args.pad_to_multiple_of
+    if args.prefix_sharing is None and (needs_padding or args.stage != "dpo"):
         return False
     if args.prefix_sharing is not False and (reason := use_path_attention(lms, shared=True)):
         if args.prefix_sharing:

@@ -140,6 +140,7 @@ _ROWS: dict[str, tuple[ZLink, ZLink]] = {
         lambda z, b, o: np.where(z < o.hinge_delta, -1.0, 0.0),
     ),
     "ipo": (lambda z, b, o: ((z - 0.5) / b) ** 2, lambda z, b, o: 2.0 * (z - 0.5) / b**2),
+    "ipo_norm": (lambda z, b, o: ((z - 0.5) / b) ** 2, lambda z, b, o: 2.0 * (z - 0.5) / b**2),
     "ipo_scaled": (lambda z, b, o: (z - 0.5) ** 2, lambda z, b, o: 2.0 * (z - 0.5)),
     "square": (lambda z, b, o: (z - 1.0) ** 2, lambda z, b, o: 2.0 * (z - 1.0)),
     "truncated_square": (
@@ -169,7 +170,7 @@ LINKS = {name: value for name, (value, _) in _ROWS.items()}
 LINK_SLOPES = {name: slope for name, (_, slope) in _ROWS.items()}
 
 SMOOTHED_INSIDE = ("exo_pair", "robust")
-PER_TOKEN = ("sigmoid_norm", "orpo")
+PER_TOKEN = ("sigmoid_norm", "ipo_norm", "orpo")
 
 # (log-ratio of chosen, of rejected, b) -> loss
 RESPONSE_LOSSES: dict[str, Callable[[Array, Array, Array], Array]] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from fastpo import PreferenceTrainer, backbone
-from fastpo.adapters import adapters_disabled
+from fastpo.adapters import add_reference_adapter, as_reference, without_reference_adapter
 from fastpo.recipe import RecipeArguments, build_model, build_peft_config
 
 # PEFT warns of adapters on tied or output embeddings: merging and saving them is what is tested.
@@ -129,7 +129,7 @@ def test_disabling_adapters_leaves_everything_as_it_was(tmp_path: Path) -> None:
 
     trainer.model.train()
     before = state()
-    with pytest.raises(KeyError), adapters_disabled(lm):
+    with pytest.raises(KeyError), as_reference(lm):
         assert not lm.training and not torch.is_grad_enabled() and not trainer.model.get_model_status().enabled
         raise KeyError
     assert state() == before
@@ -153,6 +153,56 @@ def test_below_a_merged_adapter_is_the_base_too(tmp_path: Path) -> None:
         expected = trainer.loss_output(trainer.model.eval(), batch_of(trainer)).losses
         trainer.model.merge_adapter()
         torch.testing.assert_close(trainer.loss_output(trainer.model, batch_of(trainer)).losses, expected)
+
+
+@pytest.mark.parametrize("kind", HEADED)
+def test_a_reference_adapter_is_a_copy_of_the_adapter_as_it_was(tmp_path: Path, kind: str) -> None:
+    fields = {"modules_to_save": ["norm"]} | HEADED[kind]
+    start = trainer_for(tmp_path, config=lora(**fields)).model
+    found = []
+    for copied in (True, False):
+        model, reference = copy.deepcopy(start), None if copied else copy.deepcopy(start)
+        if copied:
+            add_reference_adapter(model)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+        trainer = PreferenceTrainer(
+            model, reference, tiny_args(tmp_path, beta=0.5), train_dataset=tiny_pairs(4),
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+        before = {name: p.requires_grad for name, p in model.named_parameters()}, model.active_adapters
+        output = trainer.loss_output(trainer.model.train(), batch_of(trainer))
+        found.append(loss_and_grads(trainer, output.loss))
+        assert output.margins.abs().max() > 1e-2
+        assert before == ({name: p.requires_grad for name, p in model.named_parameters()}, model.active_adapters)
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, grad in found[1][1].items():
+        assert (found[0][1][name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7, name
+
+
+def test_a_cached_reference_is_known_by_its_adapter(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, config=lora(**HEADED["layers alone"]))
+    add_reference_adapter(trainer.model)
+    keys = set()
+    for scale in (1.0, 2.0):
+        for name, parameter in trainer.model.named_parameters():
+            if ".ref." in name:
+                parameter.data *= scale
+        trainer.precompute_reference(trainer.train_dataset)
+        keys |= {path.name for path in (tmp_path / "reference").iterdir()}
+    assert len(keys) == 2
+
+
+def test_a_reference_adapter_is_not_saved(tmp_path: Path) -> None:
+    trainer = trainer_for(tmp_path, config=lora(**HEADED["layers alone"]))
+    add_reference_adapter(trainer.model)
+    trainer.save_model(str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "ref").exists() and "ref" in trainer.model.peft_config
+    with pytest.raises(KeyError), without_reference_adapter(trainer.model):
+        raise KeyError
+    assert "ref" in trainer.model.peft_config
 
 
 @pytest.mark.parametrize(

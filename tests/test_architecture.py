@@ -94,7 +94,7 @@ def files_in(folder: Path) -> set[str]:
 
 # --- every combination ------------------------------------------------------------------------------------------------
 
-REFUSED_WITH_DYNAMIC = {"ipo", "sppo_hard", "orpo", "aot", "aot_unpaired", "sft"}
+REFUSED_WITH_DYNAMIC = {"ipo", "ipo_norm", "sppo_hard", "orpo", "aot", "aot_unpaired", "sft"}
 
 
 def clashes(loss: str, add_beta_head: bool, beta_mode: str, add_disco_head: bool) -> list[tuple[str, str]]:

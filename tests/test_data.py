@@ -128,6 +128,7 @@ def test_chat_template_is_applied_as_transformers_does(
     ("prompt", "chosen", "rejected", "max_length", "expected"),
     [
         (4, 3, 2, 10, (4, 4, 3)),  # all fits
+        (20, 20, 10, None, (20, 21, 11)),  # there is no limit
         (20, 3, 2, 10, (6, 4, 3)),  # the prompt gets what the longer completion leaves
         (20, 1, 6, 10, (5, 2, 5)),  # but at least half
         (20, 20, 20, 10, (5, 5, 5)),
@@ -137,7 +138,7 @@ def test_chat_template_is_applied_as_transformers_does(
     ],
 )
 def test_truncation(
-    prompt: int, chosen: int, rejected: int, max_length: int, expected: tuple[int, int, int],
+    prompt: int, chosen: int, rejected: int, max_length: int | None, expected: tuple[int, int, int],
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:  # fmt: skip
     pair = Pair(("0123456789" * 2)[:prompt], "ABCDEFGHIJKLMNOPQRST"[:chosen], "ZYXWVUTSRQPONMLKJIHG"[:rejected])
@@ -326,6 +327,10 @@ def test_collator(stage: str) -> None:
     }  # fmt: skip
     assert {batch[name].dtype for name in (*expected, "index")} == {torch.int64}
     assert batch["context_scale"].dtype == torch.float32
+    wider = PreferenceCollator(pad_token_id=2, stage=stage, pad_to_multiple_of=4)(ROWS)
+    padding = {"input_ids": 2, "attention_mask": 0, "completion_mask": 0}
+    for name, pad in padding.items():
+        assert wider[name].tolist() == [[*row, pad, pad, pad] for row in expected[name]]
 
 
 def test_context_scale_reaches_the_batch(load: Callable[..., Dataset]) -> None:

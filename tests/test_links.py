@@ -12,6 +12,7 @@ from preference_oracle import (
     DIVERGENCES,
     LINK_SLOPES,
     LINKS,
+    PER_TOKEN,
     RESPONSE_LOSSES,
     Array,
     Objective,
@@ -60,12 +61,12 @@ def assert_exact(got: Any, want: Array, dtype: torch.dtype, loss: str = "") -> N
 @pytest.mark.parametrize("link", [link for link in LINKS if link != "disco"])
 def test_links_are_exact_up_to_z_of_1e4(link: str, eps: float, dtype: torch.dtype) -> None:
     fields = {"pref_loss_type": link, "beta": 1.0, "label_smoothing": eps or 1e-3 * (link == "exo_pair")}
-    ladder = LADDER / 5 if link == "sigmoid_norm" else LADDER  # responses have five tokens
+    ladder = LADDER / 5 if link in PER_TOKEN else LADDER  # responses have five tokens
     out, chosen_grad, rejected_grad = loss_at(LADDER, dtype, **fields)
     objective = Objective(**fields)
     value = smoothed(LINKS, link, ladder, np.ones(13), objective, mirror=1.0)
     slope = smoothed(LINK_SLOPES, link, ladder, np.ones(13), objective, mirror=-1.0)
-    slope = slope / 5 if link == "sigmoid_norm" else slope
+    slope = slope / 5 if link in PER_TOKEN else slope
     gradients = torch.tensor(chosen_grad), torch.tensor(rejected_grad)
     for got, want in [(out.losses, value), (gradients[0], slope), (gradients[1], -slope)]:
         assert link == "exponential" or got.isfinite().all()

@@ -374,6 +374,7 @@ IDENTITIES: dict[str, tuple[Fields, Fields]] = {
     "reward_margin_is_beta_times_the_log_ratio_one": (MARGIN, REWARD_MARGIN),
     "ipo_scaled_is_ipo_at_beta_1": (IPO, IPO | {"pref_loss_type": "ipo_scaled"}),
     "sigmoid_norm_is_sigmoid_per_token": ({"pref_loss_type": "sigmoid_norm"}, LN),
+    "ipo_norm_is_ipo_per_token": ({"pref_loss_type": "ipo_norm"}, LN | {"pref_loss_type": "ipo"}),
     "robust_without_noise_is_sigmoid": ({"pref_loss_type": "robust"}, {}),
     "ld_alpha_1_is_no_ld": ({"ld_alpha": 1.0}, {}),
     "alpha_1_is_reverse_kl": ({"f_divergence_type": "alpha", "f_alpha_divergence_coef": 1.0}, {}),
@@ -455,7 +456,7 @@ def test_gradient_in_s_is_the_stated_formula(link: str, units: str, eps: float) 
     lever = want.h if units == "reward" else want.h - 0.3
     slope = smoothed(LINK_SLOPES, link, want.z / root, 0.2 * s, Objective(**fields), mirror=-1.0)
     slope = slope * want.phi * 0.2 * lever / root
-    expected = slope - 2 * want.losses / s if link == "ipo" else slope
+    expected = slope - 2 * want.losses / s if link in ("ipo", "ipo_norm") else slope
     np.testing.assert_allclose(leaf.grad, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -469,7 +470,7 @@ def s_gradient_where_policy_is_reference(**fields: Any) -> torch.Tensor:
     return beta.grad
 
 
-@pytest.mark.parametrize("link", [link for link in LINKS if link != "ipo"])
+@pytest.mark.parametrize("link", [link for link in LINKS if link not in ("ipo", "ipo_norm")])
 @pytest.mark.parametrize("units", ["reward", "logratio"])
 @pytest.mark.parametrize("margin", [0.0, 0.3])
 def test_s_gets_no_gradient_where_policy_is_reference(link: str, units: str, margin: float) -> None:
@@ -814,7 +815,8 @@ NOT_WALKED = {
     "regularizers", "beta_schedule",
 }  # fmt: skip
 # What these losses are in any case.
-SAID_TWICE = {("orpo", "reference_free"), ("orpo", "length_normalization"), ("sigmoid_norm", "length_normalization")}
+SAID_TWICE = {("orpo", "reference_free"), ("orpo", "length_normalization")}
+SAID_TWICE |= {("sigmoid_norm", "length_normalization"), ("ipo_norm", "length_normalization")}
 SAID_TWICE |= {("sft", "beta")}  # sft's rewards are measured in it, its loss is not
 # An argument of the call -> values other than None
 ARGUMENTS: dict[str, Any] = {
@@ -976,7 +978,7 @@ def test_statistics_that_disagree_in_shape_are_refused(name: str, args: tuple[An
     [
         *(
             (f"{loss} dynamic_scaling", LEDPO | {"pref_loss_type": loss_type})
-            for loss in ("ipo", "sppo_hard", "orpo", "aot", "aot_unpaired", "sft")
+            for loss in ("ipo", "ipo_norm", "sppo_hard", "orpo", "aot", "aot_unpaired", "sft")
             for loss_type in (loss, {loss: 0.5} | ({} if loss == "sft" else {"sigmoid": 1.0}))
         ),
         ("dynamic_scaling add_beta_head", {"beta_mode": "dynamic_scaling"}),

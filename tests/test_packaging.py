@@ -141,6 +141,8 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
 ONLY_FROM: dict[str, tuple[str, ...]] = {
     "fastpo.kernels": ("fastpo.kernels", "fastpo.ops", "bench"),
     "fastpo.reference": ("fastpo.ops",),
+    "fastpo.integrations": ("fastpo.integrations",),
+    "trl": ("fastpo.integrations", "bench"),
     "triton": (
         *("fastpo.kernels.autotune", "fastpo.kernels.backward_kernels", "fastpo.kernels.device"),
         *("fastpo.kernels.forward_kernels", "fastpo.kernels.fused", "bench.compile"),

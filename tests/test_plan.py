@@ -240,6 +240,13 @@ def test_the_longest_batches() -> None:
     assert longest_batches(rows[2:], 1) == [[rows[2]], [rows[3]]] or longest_batches(rows[2:], 1) == [[rows[3]]]
 
 
+def test_without_a_longest_length_a_plan_needs_the_data(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_length must be given for a plan without the data, got none"):
+        planner(tmp_path, max_length=None)
+    rows = [Lengths(4, 8, 8)] * 4
+    assert planner(tmp_path, rows, max_length=None).predict() == planner(tmp_path, rows).predict()
+
+
 def test_shorter_data_needs_less(tmp_path: Path) -> None:
     full = planner(tmp_path).predict().total
     data = planner(tmp_path, rows=[Lengths(8, 8, 8), Lengths(4, 8, 8), Lengths(4, 4, 4)]).predict().total

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from fastpo import PreferenceTrainer
-from fastpo.adapters import adapters_disabled
+from fastpo.adapters import as_reference
 from fastpo.backbone import causal_lm, install_stats_forward, model_stats, sequence_stats
 from fastpo.collation import PreferenceCollator
 from fastpo.data import tokenize_dataset
@@ -192,7 +192,7 @@ def test_with_lora_the_reference_is_the_model_without_its_adapter(tmp_path: Path
     assert trainer.ref_model is None
     trainer.train()
     batch = batch_of()
-    with adapters_disabled(causal_lm(trainer.model)):
+    with as_reference(causal_lm(trainer.model)):
         stats = model_stats(trainer.model, batch)
     torch.testing.assert_close(stats.logps.double(), expected, rtol=1e-5, atol=1e-4)
     assert trainer.loss_output(trainer.model, batch).margins.abs().min() > 0

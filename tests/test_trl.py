@@ -20,7 +20,8 @@ from trl import DPOConfig, DPOTrainer
 from fastpo import ExtendedSequenceStats, PreferenceConfig, PreferenceTrainer, preference_loss
 
 PAIRS, TOKENS = 5, 14
-OF_Z = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sigmoid_norm")  # TRL lets these diverge
+TRL_NAMES = {"ipo_norm": "ipo"}  # its ipo is per token
+OF_Z = ("sigmoid", "hinge", "ipo_norm", "exo_pair", "robust", "discopop", "sigmoid_norm")  # TRL lets these diverge
 TORN = ("aot", "aot_unpaired")  # and these have no weights
 ALL = (*OF_Z, *TORN, "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "sft")
 USE_EPS = ("exo_pair", "robust", *TORN)  # of the others TRL ignores label_smoothing, and ours does not
@@ -48,6 +49,7 @@ def configure(trainer: DPOTrainer, fields: Fields) -> None:
     """Our options as TRL's constructor would leave them."""
     names = fields["pref_loss_type"]
     weights = {names: 1.0} if isinstance(names, str) else names
+    weights = {TRL_NAMES.get(name, name): weight for name, weight in weights.items()}
     trainer.loss_types, trainer.loss_weights = list(weights), list(weights.values())
     trainer.beta, trainer.label_smoothing = fields.get("beta", 0.1), fields.get("label_smoothing", 0.0)
     trainer.f_divergence_type = fields.get("f_divergence_type", "reverse_kl")
@@ -119,8 +121,6 @@ def both(trl: DPOTrainer, fields: Fields, dtype: torch.dtype) -> tuple[SimpleNam
 
 def assert_agree(trl: DPOTrainer, loss_type: str | dict[str, float], dtype: Any = torch.float64, **fields: Any) -> None:
     fields |= {"pref_loss_type": loss_type}
-    if loss_type == "ipo":
-        fields["length_normalization"] = True
     theirs, ours = both(trl, fields, dtype)
     rtol, atol = (1e-10, 1e-8) if dtype == torch.float64 else (2e-6, 2e-6)
     assert theirs.loss.isfinite() and theirs.loss.dtype == dtype
@@ -180,7 +180,7 @@ SUMS: list[tuple[dict[str, float], Fields]] = [
     ({"exo_pair": 0.3, "robust": 0.7, "aot": 0.2}, {"label_smoothing": 0.2}),
     ({"nca_pair": 0.3, "sppo_hard": 1e-3, "apo_zero": 0.7, "apo_down": 0.1}, {"beta": 0.4}),
     ({"aot_unpaired": 1.0, "sft": 0.2}, {}),
-    ({"ipo": 0.4, "sft": 0.2}, {"length_normalization": True}),
+    ({"ipo_norm": 0.4, "sft": 0.2, "sigmoid": 1.0, "nca_pair": 0.1}, {}),
 ]
 
 
@@ -191,7 +191,7 @@ def test_weighted_sums(trl: DPOTrainer, weights: dict[str, float], fields: Field
 
 WHOLE: dict[str, Fields] = {
     "sigmoid": {"pref_loss_type": "sigmoid"},
-    "ipo": {"pref_loss_type": "ipo", "length_normalization": True},
+    "ipo": {"pref_loss_type": "ipo_norm"},
     "sum": {"pref_loss_type": {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}},
     "ld_dpo": {"pref_loss_type": "sigmoid", "ld_alpha": 0.3, "beta": 0.5},
     "wpo": {"pref_loss_type": "sigmoid", "use_weighting": True, "ld_alpha": None},
