@@ -1,14 +1,16 @@
 """What exists in a model beside its language model: heads attached, saved beside it, found again.
 
-A head is a submodule of the causal LM, so that wrappers (DDP, FSDP) see its parameters and its work happens inside the
-model's forward. The saved language model does not hold it: `save_pretrained` writes it into files of its own.
+A head is a submodule of the causal LM (or of the sequence classification model that a reward model is), so that
+wrappers (DDP, FSDP) see its parameters and its work happens inside the model's forward. The saved model does not hold
+it: `save_pretrained` writes it into files of its own.
 """
 
 import contextlib
 import dataclasses
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -34,7 +36,7 @@ def load_heads(model: Any, name_or_path: str | Path) -> dict[str, Any]:
     """Attach the heads that are saved beside a model or an adapter; into those attached already, load the weights.
 
     Args:
-        model: a causal LM, possibly with PEFT adapters.
+        model: a causal LM or a sequence classification model, possibly with PEFT adapters.
         name_or_path: the folder, or a repository on the Hugging Face hub.
 
     Returns:
@@ -58,7 +60,9 @@ def load_heads(model: Any, name_or_path: str | Path) -> dict[str, Any]:
 def attach_head(model: Any, head: Head) -> None:
     """Make a head part of a model, which from then on saves it beside itself."""
     lm = causal_lm(model)
-    setattr(lm, head.name, head.to(lm.get_output_embeddings().weight.device))
+    # Where the last hidden states are.
+    last = lm.score if lm.get_output_embeddings() is None else lm.get_output_embeddings()
+    setattr(lm, head.name, head.to(next(last.parameters()).device))
     _save_heads_with(model)
 
 
@@ -94,36 +98,73 @@ def add_heads(model: Any, reference: Any, config: PreferenceConfig, source: str 
     exist = {"beta_head": config.add_beta_head, "disco_head": config.add_disco_head}
     read = {"beta_head": model if reference is None else reference, "disco_head": model}
     for name, kind in HEADS.items():
-        attached = heads_of(model).get(name)
-        # A hub is asked only for a head that shall exist.
-        asked = attached is None and bool(source) and (exist[name] or Path(str(source)).is_dir())
-        saved = asked and kind.is_saved(str(source))
         _, size = head_shape(causal_lm(read[name]))
-        if saved and exist[name]:
-            attach_head(model, kind.from_pretrained(str(source)))
-        elif saved:
-            logger.warning("%s holds a %s; with add_%s=False it is left behind", source, name, name)
-        elif attached is None and exist[name]:
-            attach_head(model, BetaHead(size, config.beta_head) if kind is BetaHead else DiscoHead(size))
-        attached = heads_of(model).get(name)
-        if attached is not None and attached.input_size != size:
-            raise ValueError(f"{name} must take hidden states of size {size}, got one for size {attached.input_size}")
-        if attached is not None and any(hasattr(module, "base_layer") for module in attached.modules()):
-            raise ValueError(f"{name} must not have LoRA on it: make the PEFT model first, then load_heads")
-    if heads_of(model):
-        _save_heads_with(model)  # an adapter may have come since they were attached
+        make = partial(BetaHead, size, config.beta_head) if kind is BetaHead else partial(DiscoHead, size)
+        _settle_head(model, kind, make, size, exist[name], source)
     beta_head = heads_of(model).get("beta_head")
     if beta_head is not None and config.beta_head_config is not None and beta_head.config != config.beta_head:
         raise ValueError(
             f"beta_head_config must be None or that of the model's Beta head, {beta_head.config}, "
             f"got {config.beta_head_config!r}"
         )
-    used = {"beta_head": config.beta_mode == "dynamic_scaling", "disco_head": "disco" in config.comparisons}
-    for name, head in heads_of(model).items():
-        head.requires_grad_(used[name])
+    _train_used(model, config)
     if beta_head is None or not config.add_beta_head:
         return config
     return dataclasses.replace(config, beta_head_config=dataclasses.asdict(beta_head.config))
+
+
+def add_reward_head(model: Any, config: PreferenceConfig, source: str | None) -> None:
+    """Give a reward model the Disco head that the configuration says exists; one that it does not use stays untrained.
+
+    Args:
+        model: a sequence classification model, possibly with PEFT adapters, and with the head.
+        config: `add_disco_head`, and whether it is used.
+        source: where the model came from and its head may be saved.
+
+    Raises:
+        ValueError: the head that is there takes other hidden states.
+    """
+    size = causal_lm(model).config.get_text_config().hidden_size
+    _settle_head(model, DiscoHead, partial(DiscoHead, size), size, config.add_disco_head, source)
+    _train_used(model, config)
+
+
+def check_optimizer(optimizer: Any, model: Any) -> None:
+    """An optimiser of the caller's own, or None, knows the heads that train."""
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
+    for name, head in heads_of(model).items():
+        if given is not None and any(p.requires_grad and id(p) not in given for p in head.parameters()):
+            raise ValueError(f"optimizers must hold the {name}'s parameters (attach it first), or be (None, None)")
+
+
+def _settle_head(
+    model: Any, kind: type[Head], make: Callable[[], Head], size: int, exists: bool, source: str | None
+) -> None:
+    """The head that a model has, was saved with, or, if one is to exist, gets; it must take hidden states of a size."""
+    name, attached = kind.name, heads_of(model).get(kind.name)
+    # A hub is asked only for a head that shall exist.
+    asked = attached is None and bool(source) and (exists or Path(str(source)).is_dir())
+    saved = asked and kind.is_saved(str(source))
+    if saved and exists:
+        attach_head(model, kind.from_pretrained(str(source)))
+    elif saved:
+        logger.warning("%s holds a %s; with add_%s=False it is left behind", source, name, name)
+    elif attached is None and exists:
+        attach_head(model, make())
+    attached = heads_of(model).get(name)
+    if attached is None:
+        return
+    if attached.input_size != size:
+        raise ValueError(f"{name} must take hidden states of size {size}, got one for size {attached.input_size}")
+    if any(hasattr(module, "base_layer") for module in attached.modules()):
+        raise ValueError(f"{name} must not have LoRA on it: make the PEFT model first, then load_heads")
+    _save_heads_with(model)  # an adapter may have come since it was attached
+
+
+def _train_used(model: Any, config: PreferenceConfig) -> None:
+    used = {"beta_head": config.beta_mode == "dynamic_scaling", "disco_head": "disco" in config.comparisons}
+    for name, head in heads_of(model).items():
+        head.requires_grad_(used[name])
 
 
 def _save_heads_with(model: Any) -> None:

@@ -13,21 +13,28 @@ from fastpo.stages import HEAD_STAGES, STAGES
 
 _DICTIONARIES = ("pref_loss_type", "beta_head_config", "regularizers", "beta_schedule")
 
+
 # PreferenceConfig is frozen and TrainingArguments is not, so the one cannot inherit from the other: its fields are
 # laid out again here, in one place, from the same definition.
-ObjectiveFields = dataclasses.make_dataclass(
-    "ObjectiveFields",
-    [
-        # A dictionary comes from the command line as JSON text.
-        (
-            f.name,
-            dict | str | None if f.name in _DICTIONARIES else f.type,
-            dataclasses.field(default=f.default, metadata=f.metadata),
-        )
-        for f in dataclasses.fields(PreferenceConfig)
-    ],
-)
+def objective_fields(class_name: str, names: tuple[str, ...]) -> type:
+    """A dataclass of those fields of `PreferenceConfig`, for training arguments to inherit from."""
+    fields = [f for f in dataclasses.fields(PreferenceConfig) if f.name in names]
+    return dataclasses.make_dataclass(
+        class_name,
+        [
+            # A dictionary comes from the command line as JSON text.
+            (
+                f.name,
+                dict | str | None if f.name in _DICTIONARIES else f.type,
+                dataclasses.field(default=f.default, metadata=f.metadata),
+            )
+            for f in fields
+        ],
+    )
+
+
 OBJECTIVE_NAMES = tuple(f.name for f in dataclasses.fields(PreferenceConfig))
+ObjectiveFields = objective_fields("ObjectiveFields", OBJECTIVE_NAMES)
 
 
 @dataclass
@@ -95,17 +102,26 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
         super().__post_init__()
 
 
+def read_objective(fields: Any, names: tuple[str, ...] = OBJECTIVE_NAMES) -> PreferenceConfig:
+    """The objective that flat fields of some names state; dictionaries given as JSON are parsed in place.
+
+    Raises:
+        TypeError, ValueError: as `PreferenceConfig`.
+    """
+    for name in set(_DICTIONARIES) & set(names):
+        value = getattr(fields, name)
+        if name != "pref_loss_type" or str(value).lstrip().startswith("{"):
+            setattr(fields, name, parse_dict(name, value))
+    return PreferenceConfig(**{name: getattr(fields, name) for name in names})
+
+
 def build_objective(fields: Any, stage: str) -> PreferenceConfig:
-    """The objective that flat fields state; dictionaries given as JSON are parsed in place.
+    """`read_objective` of all its fields, for a stage.
 
     Raises:
         TypeError, ValueError: as `PreferenceConfig`; or a head or regularisers that stage or beta_mode cannot use.
     """
-    for name in _DICTIONARIES:
-        value = getattr(fields, name)
-        if name != "pref_loss_type" or str(value).lstrip().startswith("{"):
-            setattr(fields, name, parse_dict(name, value))
-    objective = PreferenceConfig(**{name: getattr(fields, name) for name in OBJECTIVE_NAMES})
+    objective = read_objective(fields)
     for name, stages in HEAD_STAGES.items():
         if getattr(objective, f"add_{name}") and stage not in stages:
             there = ", ".join(other for other in stages if other in STAGES)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.serialization import register_package
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from fastpo.architecture import HEADS
+from fastpo.architecture import HEADS, load_heads
 from fastpo.files import flush, flush_tree, replacing, writing
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,23 @@ def replacing_model(folder: Path) -> Iterator[Path]:
             new[name].replace(folder / name)
         flush(folder)
         shutil.rmtree(staged.parent)
+
+
+class LoadsHeads(Trainer):
+    """With the model of a checkpoint come the heads that are saved beside it."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_heads(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        load_heads(self.model, self.state.best_model_checkpoint)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Heads are not missing: they have files of their own."""
+        missing = [key for key in load_result.missing_keys if not set(key.split(".")) & set(HEADS)]
+        super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
 
 
 class AtomicTrainer(Trainer):

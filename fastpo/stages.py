@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastpo.config import PreferenceConfig
-from fastpo.losses import gaussian_prior, preference_loss
+from fastpo.losses import gaussian_prior, preference_loss, reward_model_loss
 from fastpo.regularizers import regularizer_loss
 from fastpo.schedules import RunningMeans
 from fastpo.scores import per_length
@@ -93,6 +93,39 @@ def _spread_of_s(log_s: Tensor, s_max: float | None) -> dict[str, Tensor]:
     names = [f"beta/histogram/{low:.2f}-{high:.2f}" for low, high in pairwise(HISTOGRAM_EDGES)]
     runaway = (log_s.abs() > bound).float().mean()
     return {"log_s/mean": log_s.mean(), "log_s/runaway": runaway, **dict(zip(names, counts, strict=True))}
+
+
+def rm_stage(
+    chosen_mean: Tensor,
+    rejected_mean: Tensor,
+    config: PreferenceConfig,
+    *,
+    chosen_variance: Tensor | None = None,
+    rejected_variance: Tensor | None = None,
+    margin: Tensor | None = None,
+    center_rewards_coefficient: float | None = None,
+) -> LossOutput:
+    """Loss of a reward model on B pairs, with the prior of Gaussian rewards and the centring of all.
+
+    Args:
+        chosen_mean, rejected_mean, config, chosen_variance, rejected_variance, margin: as in `reward_model_loss`; with
+            variances comes `config.disco_prior_weight` times the mean of `gaussian_prior`.
+        center_rewards_coefficient: weight of the mean of (r_w + r_l)^2 (arXiv:2312.09244, eq. 2); None: without.
+
+    Raises:
+        TypeError, ValueError: as `reward_model_loss`.
+    """
+    variances = {"chosen_variance": chosen_variance, "rejected_variance": rejected_variance}
+    output = reward_model_loss(chosen_mean, rejected_mean, config, margin=margin, **variances)
+    loss, metrics = output.loss, dict(output.metrics)
+    if chosen_variance is not None and rejected_variance is not None:
+        means, variance = torch.cat((chosen_mean, rejected_mean)), torch.cat((chosen_variance, rejected_variance))
+        prior = gaussian_prior(means, variance).mean()
+        loss = loss + config.disco_prior_weight * prior
+        metrics["disco/prior"] = prior.detach()
+    if center_rewards_coefficient is not None:
+        loss = loss + center_rewards_coefficient * (chosen_mean + rejected_mean).square().mean()
+    return output._replace(loss=loss, metrics=metrics)
 
 
 def sft_stage(policy: AnySequenceStats, *, totals: StepTotals | None = None) -> LossOutput:

@@ -9,17 +9,16 @@ import datasets
 import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter, without_reference_adapter
-from fastpo.architecture import HEADS, add_heads, heads_of, load_heads, without_heads
+from fastpo.architecture import add_heads, check_optimizer, heads_of, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
 from fastpo.backbone import Wanted, causal_lm, head_shape, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
-from fastpo.checkpoints import AtomicTrainer
+from fastpo.checkpoints import AtomicTrainer, LoadsHeads
 from fastpo.collation import PreferenceCollator
 from fastpo.data import tokenize_dataset
 from fastpo.layout import completion_tokens
@@ -42,7 +41,7 @@ from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(AtomicTrainer):
+class PreferenceTrainer(LoadsHeads, AtomicTrainer):
     """Train a causal LM on preferences (stage ``dpo``) or on their chosen responses (stage ``sft``).
 
     Args:
@@ -99,7 +98,7 @@ class PreferenceTrainer(AtomicTrainer):
                 model = add_adapter(model, peft_config, args.gradient_checkpointing)
             has_adapter = True
         self.objective = add_heads(model, ref_model, args.preference_config, source)
-        _check_optimizer(optimizers[0], model)
+        check_optimizer(optimizers[0], model)
 
         self.vocab_size, _ = head_shape(causal_lm(model))
         _check_vocabulary(processing_class, causal_lm(model).config.get_text_config().vocab_size)
@@ -403,19 +402,6 @@ class PreferenceTrainer(AtomicTrainer):
         with without_reference_adapter(self.model):
             super()._save(output_dir, state_dict)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_heads(self.model, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        load_heads(self.model, self.state.best_model_checkpoint)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Heads are not missing: they have files of their own."""
-        missing = [key for key in load_result.missing_keys if not set(key.split(".")) & set(HEADS)]
-        super()._issue_warnings_after_load(_IncompatibleKeys(missing, load_result.unexpected_keys))
-
 
 def _collator(own: Callable | None, args: PreferenceTrainingArguments, tokenizer: Any, *models: Any) -> Callable:
     """`own`, or a `PreferenceCollator` as the arguments want it.
@@ -453,10 +439,3 @@ def _check_vocabulary(tokenizer: Any, embeddings: int) -> None:
         raise ValueError("processing_class must have an eos_token, got None")
     if len(tokenizer) > embeddings:
         raise ValueError(f"processing_class has {len(tokenizer)} tokens, more than the model's {embeddings} embeddings")
-
-
-def _check_optimizer(optimizer: Any, model: Any) -> None:
-    given = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else None
-    for name, head in heads_of(model).items():
-        if given is not None and any(p.requires_grad and id(p) not in given for p in head.parameters()):
-            raise ValueError(f"optimizers must hold the {name}'s parameters (attach it first), or be (None, None)")

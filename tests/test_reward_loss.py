@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastpo import PreferenceConfig, gaussian_prior, reward_model_loss
+from fastpo.stages import rm_stage
 
 DISCO = {"add_disco_head": True, "pref_loss_type": "disco"}
 CHOSEN, REJECTED = [1.2, -0.3, 0.0, 2.5, -4.0], [0.4, 0.9, 0.0, -1.0, 3.0]
@@ -128,3 +129,22 @@ def test_gaussian_prior_is_the_divergence_from_the_standard_normal() -> None:
     standard = torch.distributions.Normal(torch.zeros(3).double(), torch.ones(3).double())
     want = torch.distributions.kl_divergence(torch.distributions.Normal(mean, variance.sqrt()), standard)
     torch.testing.assert_close(gaussian_prior(mean, variance), want, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("center", [None, 0.2])
+@pytest.mark.parametrize("name", ["sigmoid", "disco"])
+def test_the_stage_adds_prior_and_centring(name: str, center: float | None) -> None:
+    fields = {**DISCO, "disco_prior_weight": 0.3} if name == "disco" else {}
+    means, variances = [leaf(CHOSEN), leaf(REJECTED)], [leaf(x) for x in VARIANCES]
+    given = dict(zip(("chosen_variance", "rejected_variance"), variances, strict=True)) if fields else {}
+    margin = torch.full((5,), 0.1).double()
+    config = PreferenceConfig(**fields)
+    out = rm_stage(*means, config, margin=margin, center_rewards_coefficient=center, **given)
+    plain = reward_model_loss(*means, config, margin=margin, **given)
+    prior = sum(gaussian_prior(m, v).mean() for m, v in zip(means, variances, strict=True)) / 2
+    want = plain.loss + (0.3 * prior if fields else 0) + (center or 0) * (means[0] + means[1]).square().mean()
+    torch.testing.assert_close(out.loss, want)
+    assert torch.equal(out.losses, plain.losses) and not any(x.requires_grad for x in out.metrics.values())
+    leaves = [*means, *(variances if fields else [])]
+    for a, b in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(a, b)
