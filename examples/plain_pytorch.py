@@ -37,9 +37,10 @@ optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0.0)
 
 
 def completion_stats(lm, batch):
-    """Of the 2B responses, chosen ones first, and the hidden states (2B, T, D); for logits without softcap or scale."""
+    """Statistics of the 2B responses, chosen ones first, and the hidden states (2B, T, D)."""
     hidden = lm.base_model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)  # prompts are not projected
+    # Where the model has them: softcap= and logit_scale=, which `fastpo.model_stats` finds by itself.
     return fastpo.linear_sequence_stats(hidden[:, :-1], lm.get_output_embeddings().weight, labels[:, 1:]), hidden
 
 
@@ -52,8 +53,7 @@ for step, cpu_batch in enumerate(loader, start=1):
     log_s = head.log_s(prompt_hidden)
     ref_pair = dict(zip(("ref_chosen", "ref_rejected"), ref_stats.split(), strict=True))
     output = fastpo.preference_loss(chosen, rejected, config, **ref_pair, beta=config.beta * log_s.exp())
-    penalty, _ = fastpo.regularizer_loss(log_s, config, features=prompt_hidden, state=means)
-    (output.loss + penalty).backward()
+    (output.loss + fastpo.regularizer_loss(log_s, config, features=prompt_hidden, state=means)[0]).backward()
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step}: loss {output.loss:.4f}, beta {output.metrics['beta/mean']:.4f}")

@@ -37,6 +37,7 @@ from fastpo.reference_model import Reference
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
+from fastpo.trackers import show_beta_histograms
 from fastpo.types import LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
@@ -382,6 +383,7 @@ class PreferenceTrainer(AtomicTrainer):
             self._meters["train"] = Meter()
             if self.args.skip_nonfinite_steps:
                 logs["skipped_steps"] = self._guard.skipped_steps
+        show_beta_histograms(self.callback_handler.callbacks, self.base_beta())
         super().log(logs, start_time)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
