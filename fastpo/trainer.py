@@ -31,6 +31,7 @@ from fastpo.loading import (
     prepare_reference,
 )
 from fastpo.loss_inputs import check_reads_column
+from fastpo.model_card import write_model_card
 from fastpo.nonfinite import StepGuard, check_loss
 from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.reference_model import Reference
@@ -65,6 +66,7 @@ class PreferenceTrainer(AtomicTrainer):
 
     train_dataset: Any
     eval_dataset: Any
+    dataset_name: str | None = None  # for model cards: a dataset of the hub, or a file
 
     def __init__(
         self,
@@ -385,6 +387,14 @@ class PreferenceTrainer(AtomicTrainer):
                 logs["skipped_steps"] = self._guard.skipped_steps
         show_beta_histograms(self.callback_handler.callbacks, self.base_beta())
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write output_dir/README.md, as `push_to_hub` does; see `fastpo.model_card`. Arguments as in TRL."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else tags or []
+            write_model_card(self, model_name, dataset_name or self.dataset_name, tags)
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
