@@ -113,11 +113,12 @@ def _objective(trainer: Any, methods: list[str]) -> Iterator[str]:
 
 
 def _reference(trainer: Any) -> str:
-    before = "its log-probs were computed before training: " * trainer.args.precompute_ref_log_probs
+    if not trainer.reference.lacking(getattr(trainer.train_dataset, "column_names", [])):
+        return "its log-probs were computed before training"
     second = getattr(getattr(trainer.ref_model, "config", None), "_name_or_path", None)
     if second and second != getattr(causal_lm(trainer.model).config, "_name_or_path", None):
-        return before + (f"`{name}`" if (name := _hub_name(second)) else "a model of its own")
-    return before + ("the model without its adapter" if _adapters(trainer) else "the model as it was before training")
+        return f"`{name}`" if (name := _hub_name(second)) else "another model"
+    return "the model without its adapter" if _adapters(trainer) else "the model as it was before training"
 
 
 def _data(trainer: Any, name: str | None) -> Iterator[str]:

@@ -79,7 +79,7 @@ def test_the_code_of_the_card_loads_the_model(tmp_path: Path, lora: bool) -> Non
     ("fields", "reference"),
     [
         ({}, "Reference: the model as it was before training."),
-        ({"precompute_ref_log_probs": True}, "its log-probs were computed before training: the model as it was"),
+        ({"precompute_ref_log_probs": True}, "Reference: its log-probs were computed before training."),
         ({"reference_free": True}, None),
     ],
 )

@@ -117,6 +117,14 @@ def test_only_the_main_process_shows(recorded: tuple[Any, Recorder], tmp_path: P
     assert recorder.rows == []
 
 
+def test_callbacks_do_not_pile_up_log_by_log(recorded: tuple[Any, Recorder], tmp_path: Path) -> None:
+    callback, recorder = recorded
+    trainer = trained(tmp_path, callbacks=[callback])
+    trainer.log({"x": 1.0})
+    assert callback.on_log.args[0].func is type(callback).on_log
+    assert [name for _, name, _ in recorder.rows].count("train/x") == 1
+
+
 def test_a_trackio_without_histograms_gets_the_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder()
     old = ModuleType("trackio")
