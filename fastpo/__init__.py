@@ -23,7 +23,9 @@ from fastpo.vocab_parallel import vocab_parallel_logps, vocab_parallel_sequence_
 if TYPE_CHECKING:
     from fastpo.architecture import load_heads
     from fastpo.arguments import PreferenceTrainingArguments
+    from fastpo.backbone import install_stats_forward, model_stats
     from fastpo.collation import PreferenceCollator
+    from fastpo.data import read_dataset, tokenize_dataset
     from fastpo.trainer import PreferenceTrainer
 
 # These need transformers and datasets, which the loss import alone does without.
@@ -31,7 +33,11 @@ _TRAINER_SIDE = {
     "PreferenceCollator": "fastpo.collation",
     "PreferenceTrainer": "fastpo.trainer",
     "PreferenceTrainingArguments": "fastpo.arguments",
+    "install_stats_forward": "fastpo.backbone",
     "load_heads": "fastpo.architecture",
+    "model_stats": "fastpo.backbone",
+    "read_dataset": "fastpo.data",
+    "tokenize_dataset": "fastpo.data",
 }
 
 __all__ = [
@@ -51,15 +57,19 @@ __all__ = [
     "StepTotals",
     "TokenStats",
     "gaussian_prior",
+    "install_stats_forward",
     "joint_linear_logps",
     "joint_linear_sequence_stats",
     "label_confidence",
     "linear_logps",
     "linear_sequence_stats",
     "load_heads",
+    "model_stats",
     "preference_loss",
+    "read_dataset",
     "regularizer_loss",
     "reward_model_loss",
+    "tokenize_dataset",
     "vocab_parallel_logps",
     "vocab_parallel_sequence_stats",
 ]

@@ -214,6 +214,8 @@ class AtomicTrainer(Trainer):
             return
         with replacing_model(Path(output_dir)) as staged:
             super()._save(str(staged), state_dict)
+            # PEFT's blank model card, which would take the place of a filled one.
+            (staged / "README.md").unlink(missing_ok=True)
 
     def save_state(self) -> None:
         if self.is_world_process_zero():

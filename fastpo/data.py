@@ -219,13 +219,24 @@ def _diagnose_json(name: str) -> str | None:
 
 
 def tokenize_dataset(
-    dataset: Dataset, tokenizer: Any, *, stage: str, max_length: int | None, source: str, skip_bad_rows: bool = False,
-    num_proc: int | None = None, own_columns: Sequence[str] = ("context_scale", "pair_weight"),
+    dataset: Dataset, tokenizer: Any, *, stage: str = "dpo", max_length: int | None = 1024, source: str = "dataset",
+    skip_bad_rows: bool = False, num_proc: int | None = None,
+    own_columns: Sequence[str] = ("context_scale", "pair_weight"),
 ) -> Dataset:  # fmt: skip
     """Columns prompt_ids, chosen_ids, (rejected_ids,) index, own_columns; already tokenised data passes through.
 
     A prompt keeps its last tokens and a completion its first ones: where both do not fit into max_length, the prompt
     gets what the longer completion leaves, but at least half. Chosen and rejected see the same prompt.
+
+    Args:
+        dataset: rows in any form that `FORMS` knows.
+        tokenizer: with a chat template where the rows are messages.
+        stage: "sft" has no rejected_ids.
+        max_length: of prompt and completion together, in tokens.
+        source: what errors call the dataset.
+        skip_bad_rows: leave rows that cannot be used out, with a warning.
+        num_proc: processes.
+        own_columns: numbers of the dataset's own that are kept, where they are there.
 
     Raises:
         ValueError: the columns fit no known form, or rows cannot be used (named by `source` and index) and

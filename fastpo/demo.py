@@ -19,18 +19,9 @@ from fastpo.recipe import parse_recipe
 from fastpo.reporting import final_table
 from fastpo.run import prepare_training, run_training
 from fastpo.scores import per_length
+from fastpo.tiny import TINY_QWEN3, VOCAB_SIZE
 
 TRAIN_ROWS, HELD_OUT_ROWS = 512, 128
-MODEL = {
-    "model_type": "qwen3",
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 24,
-    "tie_word_embeddings": True,
-}
 MAX_LENGTH = 128
 COMMON = {"dtype": "float32", "max_length": MAX_LENGTH,
           "per_device_train_batch_size": 16, "lr_scheduler_type": "cosine",
@@ -52,7 +43,7 @@ def run_demo(output_dir: str) -> None:
 
     print(f"1. sft: a tiny Qwen3 learns to answer, from {len(both)} responses of both kinds")
     sft = {
-        **COMMON, "stage": "sft", "model_config": MODEL, "tokenizer_vocab_size": 1024, "num_train_epochs": 3,
+        **COMMON, "stage": "sft", "model_config": TINY_QWEN3, "tokenizer_vocab_size": VOCAB_SIZE, "num_train_epochs": 3,
         "learning_rate": 3e-3, "dataset": str(root / "responses.jsonl"), "output_dir": str(root / "sft"),
     }  # fmt: skip
     trainer, _ = _train(root, sft)

@@ -43,7 +43,7 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
     if args.device.type == "cpu":
         hand_back_what_is_freed()
     memory = PeakMemory(recipe, args.device)
-    return PreferenceTrainer(
+    trainer = PreferenceTrainer(
         model=build_model(recipe, args, tokenizer),
         ref_model=build_reference(recipe),
         args=args,
@@ -53,10 +53,12 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         callbacks=[MetricsFile(args.output_dir), SaveOnSigterm(), memory],
         peft_config=peft_config,
     )
+    trainer.dataset_name = recipe.dataset
+    return trainer
 
 
 def run_training(trainer: PreferenceTrainer) -> list[Path]:
-    """Train or go on, evaluate, save model and curves; returns the pictures.
+    """Train or go on, evaluate, save model, model card and curves; returns the pictures.
 
     Raises:
         FloatingPointError: a loss or a gradient is not finite.
@@ -72,6 +74,7 @@ def run_training(trainer: PreferenceTrainer) -> list[Path]:
         trainer.evaluate()
     trainer.save_model(args.output_dir)
     trainer.save_state()
+    trainer.create_model_card()
     if args.world_size == 1:
         _compare_memory(trainer)
     return draw_curves(args.output_dir) if trainer.is_world_process_zero() else []

@@ -19,6 +19,8 @@ HEAD_STAGES = {"beta_head": ("dpo", "ppo"), "disco_head": ("rm", "dpo")}
 RUNAWAY = 10.0  # where an s(x) without a bound is no longer sane
 # s(x) is counted in these seven bins, of which one is around 1, where every run starts; the outer two are open.
 HISTOGRAM_EDGES = tuple(4.0 ** (k / 7) for k in range(-7, 8, 2))
+HISTOGRAM = "beta/histogram"
+HISTOGRAM_NAMES = tuple(f"{HISTOGRAM}/{low:.2f}-{high:.2f}" for low, high in pairwise(HISTOGRAM_EDGES))
 
 
 def dpo_stage(
@@ -90,9 +92,8 @@ def _spread_of_s(log_s: Tensor, s_max: float | None) -> dict[str, Tensor]:
     bound = 0.9 * math.log(RUNAWAY if s_max is None else s_max)
     below = [(log_s <= math.log(edge)).float().mean() for edge in HISTOGRAM_EDGES[1:-1]]
     counts = [high - low for low, high in pairwise([torch.zeros_like(below[0]), *below, torch.ones_like(below[0])])]
-    names = [f"beta/histogram/{low:.2f}-{high:.2f}" for low, high in pairwise(HISTOGRAM_EDGES)]
     runaway = (log_s.abs() > bound).float().mean()
-    return {"log_s/mean": log_s.mean(), "log_s/runaway": runaway, **dict(zip(names, counts, strict=True))}
+    return {"log_s/mean": log_s.mean(), "log_s/runaway": runaway, **dict(zip(HISTOGRAM_NAMES, counts, strict=True))}
 
 
 def rm_stage(

@@ -30,12 +30,14 @@ from fastpo.loading import (
     prepare_reference,
 )
 from fastpo.loss_inputs import check_reads_column
+from fastpo.model_card import write_model_card
 from fastpo.nonfinite import StepGuard, check_loss
 from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.reference_model import Reference
 from fastpo.regularizers import label_confidence
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
+from fastpo.trackers import show_beta_histograms
 from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,8 @@ class PreferenceTrainer(LoadsHeads, AtomicTrainer):
 
     train_dataset: Any
     eval_dataset: Any
+    dataset_name: str | None = None  # for model cards: a dataset of the hub, or a file
+    _tag_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -394,7 +398,16 @@ class PreferenceTrainer(LoadsHeads, AtomicTrainer):
             self._meters["train"] = Meter()
             if self.args.skip_nonfinite_steps:
                 logs["skipped_steps"] = self._guard.skipped_steps
+        show_beta_histograms(self.callback_handler.callbacks, self.base_beta())
         super().log(logs, start_time)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write output_dir/README.md, as `push_to_hub` does; see `fastpo.model_card`. Arguments as in TRL."""
+        if self.is_world_process_zero():
+            given = [tags] if isinstance(tags, str) else tags or []
+            write_model_card(self, model_name, dataset_name or self.dataset_name, [*self._tag_names, *given])
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

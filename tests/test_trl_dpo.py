@@ -521,7 +521,7 @@ def test_tags_and_card(tmp_path: Path, saved: str) -> None:
     assert "# run" in card and "- trl" in card
     trainer.create_model_card(model_name="mine", dataset_name="some/data", tags="further")
     card = (tmp_path / "run/README.md").read_text()
-    assert "# mine" in card and "datasets: some/data" in card and "- further" in card and "- dpo" in card
+    assert "# mine" in card and "datasets:\n- some/data" in card and "- further" in card and "- dpo" in card
 
 
 def test_evaluation_data_that_comes_later_is_precomputed_while_the_reference_is_there(tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from fastpo.architecture import heads_of
 from fastpo.arguments import own_columns
 from fastpo.backbone import causal_lm
 from fastpo.data import NUMBER_COLUMNS, VECTOR_COLUMNS
-from fastpo.files import replacing
-from fastpo.integrations.trl.card import card_text
 from fastpo.integrations.trl.dpo_config import DPOConfig
 from fastpo.integrations.trl.dpo_data import TOKENS, tokenize_as_trl
 from fastpo.integrations.trl.loading import load_model, load_tokenizer
@@ -134,14 +132,6 @@ class DPOTrainer(PreferenceTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.create_model_card(model_name=Path(self.args.hub_model_id or self.args.output_dir).name)
         super()._save_checkpoint(model, trial)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write README.md into output_dir; `dataset_name` and `tags` are for the hub."""
-        if self.is_world_process_zero():
-            with replacing(Path(self.args.output_dir) / "README.md") as path:
-                path.write_text(card_text(self, model_name, dataset_name, tags))
 
 
 class _Indexed:

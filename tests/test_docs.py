@@ -1,0 +1,52 @@
+"""The pages' code runs as printed, one block after the other, and their tables are whole."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
+from transformers import TrainingArguments
+
+from fastpo import PreferenceTrainer, PreferenceTrainingArguments
+from fastpo.arguments import OBJECTIVE_NAMES
+
+DOCS = Path(__file__).parents[1] / "docs"
+TRAINER = (DOCS / "trainer.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["own-loop", "trainer"])
+def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL)
+    assert blocks
+    scope: dict = {}
+    for block in blocks:
+        exec(block, scope)
+
+
+@pytest.mark.parametrize("page", ["own-loop", "trainer"])
+def test_links_lead_somewhere(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", (DOCS / f"{page}.md").read_text()):
+        assert (DOCS / target).exists(), target
+
+
+def test_every_argument_of_ours_is_listed() -> None:
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)} | set(OBJECTIVE_NAMES)
+    ours = {field.name for field in dataclasses.fields(PreferenceTrainingArguments)} - theirs
+    assert ours <= set(re.findall(r"`(\w+)`", TRAINER))
+
+
+def test_every_logged_key_is_listed(tmp_path: Path) -> None:
+    listed = set(re.findall(r"`([\w/]+)`", TRAINER))
+    heads = {"add_beta_head": True, "beta_mode": "dynamic_scaling", "add_disco_head": True, "pref_loss_type": "disco"}
+    pairs = tiny_pairs(4).add_column("pair_weight", [1.0] * 4)
+    for fields in ({**heads, "skip_nonfinite_steps": True}, {"contextual_scaling": "mallows"}, {"stage": "sft"}):
+        trainer = PreferenceTrainer(
+            tiny_model(), args=tiny_args(tmp_path, max_steps=1, **fields), train_dataset=pairs,
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        logged = {name for name in trainer.state.log_history[0] if not re.search("histogram|regularizers", name)}
+        assert logged - {"step"} <= listed
