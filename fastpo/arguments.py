@@ -108,7 +108,7 @@ def read_objective(fields: Any, names: tuple[str, ...] = OBJECTIVE_NAMES) -> Pre
     Raises:
         TypeError, ValueError: as `PreferenceConfig`.
     """
-    for name in set(_DICTIONARIES) & set(names):
+    for name in (name for name in _DICTIONARIES if name in names):
         value = getattr(fields, name)
         if name != "pref_loss_type" or str(value).lstrip().startswith("{"):
             setattr(fields, name, parse_dict(name, value))
