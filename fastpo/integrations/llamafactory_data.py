@@ -118,17 +118,17 @@ def read_named_datasets(
             wanted = "conversations (no ranking)" if stage == "sft" else "preferences (ranking: true)"
             raise ValueError(f"stage {stage} needs {wanted}, got dataset {entry.name!r} with ranking={entry.ranking}")
         rows = _read(entry, dataset_info)
+        numbers = np.arange(len(rows))
         if entry.num_samples is not None:
-            rows = rows.select(_sample(len(rows), entry.num_samples, random))
-        if max_samples is not None:
-            rows = rows.select(range(min(max_samples, len(rows))))
+            numbers = _sample(len(rows), entry.num_samples, random)
+        numbers = numbers[:max_samples]
         missing = [name for name in _needed(entry) if name not in rows.column_names]
         if missing:
             raise ValueError(
                 f"dataset {entry.name!r} must have the columns {', '.join(_needed(entry))}, "
                 f"got {', '.join(rows.column_names)}"
             )
-        parts.append(_as_messages(rows, entry, last_answer_only))
+        parts.append(_as_messages(rows.select(numbers), numbers, entry, last_answer_only))
     return concatenate_datasets(parts)
 
 
@@ -162,31 +162,32 @@ def _needed(entry: Entry) -> list[str]:
     return [column for key, column in named.items() if column is not None and key not in optional]
 
 
-def _as_messages(rows: Dataset, entry: Entry, last_answer_only: bool) -> Dataset:
+def _as_messages(rows: Dataset, numbers: np.ndarray, entry: Entry, last_answer_only: bool) -> Dataset:
+    """Rows in messages; `numbers` are theirs in the dataset, by which one that cannot be used is named."""
     message = [{"role": Value("string"), "content": Value("string")}]
     sides = ("chosen", "rejected") if entry.ranking else ("completion",)
     features = Features({"prompt": message, **dict.fromkeys(sides, message), PROBLEM: Value("string")})
 
-    def convert(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def convert(batch: dict[str, list[Any]], positions: list[int]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {name: [] for name in features}
-        for values in zip(*batch.values(), strict=True):
+        for position, values in zip(positions, zip(*batch.values(), strict=True), strict=True):
             row = dict(zip(batch, values, strict=True))
             try:
-                for found in _conversations(row, entry, last_answer_only):
-                    for name, value in {**found, PROBLEM: ""}.items():
-                        made[name].append(value)
+                found = _conversations(row, entry, last_answer_only)
             except BadRowError as error:
+                found = [{PROBLEM: f"{entry.name} row {numbers[position]}: {error}"}]
+            for one in found:
                 for name, column in made.items():
-                    column.append(str(error) if name == PROBLEM else [])
+                    column.append(one.get(name, "" if name == PROBLEM else []))
         return made
 
     return rows.map(
-        convert, batched=True, remove_columns=rows.column_names, features=features, load_from_cache_file=False,
+        convert, batched=True, with_indices=True, remove_columns=rows.column_names, features=features, load_from_cache_file=False,
         desc=f"Reading {entry.name}",
     )  # fmt: skip
 
 
-def _conversations(row: Mapping[str, Any], entry: Entry, last_answer_only: bool) -> list[dict[str, Messages]]:
+def _conversations(row: Mapping[str, Any], entry: Entry, last_answer_only: bool) -> list[dict[str, Any]]:
     """One preference, or a prompt and completion for each answer that is trained on."""
     if (tools := _column(row, entry, "tools")) and tools != "[]":
         raise BadRowError(f"tools must be empty, got {str(tools)[:60]!r}")

@@ -181,9 +181,9 @@ FINETUNING: dict[str, Key] = {
     "additional_target": by(
         meanings.with_lora("lora_modules_to_save"), ours="lora_modules_to_save"
     ),
-    "lora_alpha": by(meanings.lora_alpha, 0, ours="lora_alpha", why="twice the rank where it is left out"),
+    "lora_alpha": by(meanings.with_lora("lora_alpha"), ours="lora_alpha"),
     "lora_dropout": by(meanings.lora_dropout, 0.0, ours="lora_dropout", why="0 in stage dpo, as there"),
-    "lora_rank": by(meanings.with_lora("lora_r"), 8, ours="lora_r"),
+    "lora_rank": by(meanings.lora_rank, 8, ours="lora_r, and lora_alpha of twice that where it is left out"),
     "lora_target": by(meanings.lora_target, "all", ours="lora_target_modules"),
     "loraplus_lr_ratio": refused(None, "both factors of an adapter learn at one rate"),
     "loraplus_lr_embedding": harmless(_NOT_ON),
@@ -284,8 +284,8 @@ TRAINING: dict[str, Key] = {
     "generation_max_length": harmless("nothing is generated"),
     "generation_num_beams": harmless("nothing is generated"),
     "generation_config": harmless("nothing is generated"),
-    "sortish_sampler": refused(False, "train_sampling_strategy: group_by_length is near"),
-    "group_by_length": refused(False, "train_sampling_strategy: group_by_length is its name now"),
+    "sortish_sampler": refused(False, "rows are not grouped by length"),
+    "group_by_length": refused(False, "rows are not grouped by length"),
     "logging_dir": harmless("set TENSORBOARD_LOGGING_DIR instead"),
     "save_safetensors": harmless("weights are always saved so"),
     "include_tokens_per_second": harmless("speed is logged in its own terms"),

@@ -56,8 +56,9 @@ def lora_target(value: Any, values: Mapping[str, Any]) -> Settings | str:
     return _with("lora", {"lora_target_modules": "all-linear" if names == "all" else names}, values)
 
 
-def lora_alpha(value: Any, values: Mapping[str, Any]) -> Settings | str:
-    return _with("lora", {"lora_alpha": int(value or 2 * int(values["lora_rank"]))}, values)
+def lora_rank(value: Any, values: Mapping[str, Any]) -> Settings | str:
+    alpha = {"lora_alpha": 2 * int(value)} if values["lora_alpha"] is None else {}
+    return _with("lora", {"lora_r": int(value)} | alpha, values)
 
 
 def lora_dropout(value: Any, values: Mapping[str, Any]) -> Settings | str:

@@ -64,7 +64,7 @@ def translate(recipe: Mapping[str, Any], own: Mapping[str, Any]) -> Translation:
     """A LLaMA-Factory recipe into fastpo's keys.
 
     Args:
-        recipe: its keys and values, all of them known; null is as good as left out.
+        recipe: its keys and values, all of them known; one of LLaMA-Factory's that is null is as good as left out.
         own: fastpo's keys with their defaults.
 
     Raises:
@@ -72,7 +72,7 @@ def translate(recipe: Mapping[str, Any], own: Mapping[str, Any]) -> Translation:
     """
     said = {name: value for name, value in recipe.items() if value is not None}
     values = {name: said.get(name, key.default) for name, key in KEYS.items()}
-    settings: Settings = {name: value for name, value in said.items() if name not in KEYS}
+    settings: Settings = {name: value for name, value in recipe.items() if name not in KEYS}
     defaults: Settings = {name: value for name, value in OTHER_DEFAULTS.items() if name not in said}
     if not torch.accelerator.is_available():
         defaults["use_cpu"] = True  # without which transformers refuses bf16 on a CPU
