@@ -182,8 +182,8 @@ def _as_messages(rows: Dataset, numbers: np.ndarray, entry: Entry, last_answer_o
         return made
 
     return rows.map(
-        convert, batched=True, with_indices=True, remove_columns=rows.column_names, features=features, load_from_cache_file=False,
-        desc=f"Reading {entry.name}",
+        convert, batched=True, with_indices=True, remove_columns=rows.column_names, features=features,
+        load_from_cache_file=False, desc=f"Reading {entry.name}",
     )  # fmt: skip
 
 
