@@ -110,8 +110,8 @@ class RecipeArguments:
             )
         if self.chat_template is not None:
             check_chat_template(self.chat_template)
-        elif self.default_system is not None:
-            raise ValueError(f"default_system needs chat_template, got {self.default_system!r} without")
+        elif self.default_system is not None or not self.enable_thinking:
+            raise ValueError("default_system and enable_thinking=False need a chat_template, got none")
         if self.merge_adapters and (self.load_in_4bit or not self.model_name_or_path):
             raise ValueError("merge_adapters needs model_name_or_path without load_in_4bit: 4-bit weights take no sum")
         self._check_freezing()
@@ -138,7 +138,8 @@ def parse_recipe(
 ) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
     """A recipe file with command-line overrides (``--key value``) into validated arguments.
 
-    Precedence: overrides, then the file, then the preset, then `defaults`.
+    A file of LLaMA-Factory's is translated first (`fastpo.integrations.llamafactory_recipe`). Precedence: overrides,
+    then the file, then the preset, then LLaMA-Factory's defaults, then `defaults`.
 
     Raises:
         ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.

@@ -70,6 +70,7 @@ def write_datasets(folder: Path) -> Path:
         "script": {"script_url": "some"},
         "openai": {"file_name": "roles.json", "formatting": "openai"},
         "split": {"file_name": "alpaca.json", "split": "test"},
+        "unranked": {"file_name": "pairs.json", "ranking": True, "columns": {"prompt": "q"}},
         "columns": {"file_name": "alpaca.json", "columns": {"prompt": "question", "response": "output"}},
         "absent": {"file_name": "absent.json"},
     }  # fmt: skip

@@ -79,6 +79,7 @@ def test_num_samples_are_all_rows_first_and_the_same_for_a_seed(data: Path) -> N
         ("script", "sft", "must say file_name or hf_hub_url, got script_url"),
         ("openai", "sft", "formatting alpaca or sharegpt, got 'openai'"),
         ("split", "sft", "no split but train, got 'test'"),
+        ("unranked", "dpo", "columns without chosen and rejected"),
         ("columns", "sft", "must have the columns question, output"),
         ("absent", "sft", "no such file"),
         ("alpaca", "dpo", "stage dpo needs preferences"),

@@ -154,6 +154,7 @@ def test_all_refused_keys_are_named_at_once(tmp_path: Path) -> None:
         ({"pref_loss": "dpo"}, "the losses are sigmoid, hinge, ipo, orpo, simpo"),
         ({"pref_loss": "hinge", "dpo_label_smoothing": 0.1}, "goes with pref_loss: sigmoid"),
         ({"pref_ftx": 1.0, "ld_alpha": 0.5}, "with ld_alpha"),
+        ({"mask_history": True}, "goes with stage: sft"),
         ({"quantization_bit": 8}, "in 4 bits"),
         ({"template": "qwen9"}, "chat_template must be one of alpaca"),
         ({"adapter_name_or_path": "some"}, "create_new_adapter: true"),
@@ -322,6 +323,8 @@ def test_the_command_line_speaks_both_vocabularies(tmp_path: Path) -> None:
     recipe, args = parse(tmp_path, {"pref_beta": 0.2}, *overrides, "--learning_rate", "1e-3")
     assert (args.max_length, recipe.lora_r, args.label_smoothing, args.beta) == (128, 2, 0.1, 0.4)
     assert recipe.use_dora and args.learning_rate == 1e-3
+    recipe, args = parse(tmp_path, {"bf16": True, "dtype": "float32", "packing": False})
+    assert args.bf16 and recipe.dtype == "float32"
     _, args = parse(tmp_path, {}, "--preset", "simpo")
     assert (args.beta, args.reference_free) == (2.0, True)
 

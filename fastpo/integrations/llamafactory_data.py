@@ -89,6 +89,8 @@ def _entry(name: str, said: Mapping[str, Any], path: Path) -> Entry:
                 raise refuse(f"has {key}, which fastpo does not train on: only text")
         # An entry that lists its columns has these and no others.
         options["columns"] = {key: columns.get(key) for key in (*COLUMNS, *NO_COLUMNS)}
+        if said.get("ranking") and not (columns.get("chosen") and columns.get("rejected")):
+            raise refuse("has ranking: true, and columns without chosen and rejected")
     if "tags" in options:
         options["tags"] = {key: said["tags"].get(key) for key in TAGS}
     # The hub wins where an entry has both.
@@ -200,7 +202,9 @@ def _conversations(row: Mapping[str, Any], entry: Entry, last_answer_only: bool)
     roles = [turn["role"] for turn in turns]
     last = "user" if entry.ranking else "assistant"
     if roles != [("user", "assistant")[i % 2] for i in range(len(roles))] or roles[-1:] != [last]:
-        raise BadRowError(f"user and assistant must take turns, from the user to the {last}, got {', '.join(roles)}")
+        raise BadRowError(
+            f"user and assistant must take turns, from the user to the {last}, got {', '.join(roles)[:60]}"
+        )
     start = [{"role": "system", "content": system}] if system else []
     if entry.ranking:
         return [{"prompt": start + turns, "chosen": answers[:1], "rejected": answers[1:]}]
@@ -215,10 +219,13 @@ def _alpaca(row: Mapping[str, Any], entry: Entry) -> Conversation:
     """Texts: what was said before in `history`, instruction and input, which make one message, and the answers."""
     turns = []
     for pair in _column(row, entry, "history") or []:
-        if len(pair) != 2:
+        if not isinstance(pair, list) or len(pair) != 2:
             raise BadRowError(f"history must hold pairs of question and answer, got {pair!r}")
         turns += [_user(pair[0]), _assistant(pair[1])]
-    turns.append(_user("\n".join(part for key in ("prompt", "query") if (part := _column(row, entry, key)))))
+    parts = [part for key in ("prompt", "query") if (part := _column(row, entry, key))]
+    if not all(isinstance(part, str) for part in parts):
+        raise BadRowError(f"a prompt must be text, got {parts!r}")
+    turns.append(_user("\n".join(parts)))
     system = _column(row, entry, "system")
     if entry.ranking:
         return system, turns, [_assistant(_column(row, entry, side)) for side in ("chosen", "rejected")]
@@ -252,9 +259,9 @@ def _message(message: Any, entry: Entry) -> dict[str, str]:
         raise BadRowError(f"a message must have {wanted}, got {str(message)[:60]!r}")
     role = message[tags["role_tag"]]
     roles = {tags[f"{name}_tag"]: name for name in ("system", "user", "assistant")}
-    if role in (tags["observation_tag"], tags["function_tag"]):
+    if role is not None and role in (tags["observation_tag"], tags["function_tag"]):
         raise BadRowError(f"{role!r} is a tool's message, which is not trained on here")
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
         raise BadRowError(f"{tags['role_tag']!r} must be one of {', '.join(map(str, roles))}, got {role!r}")
     return {"role": roles[role], "content": message[tags["content_tag"]]}
 

@@ -140,7 +140,7 @@ DATA: dict[str, Key] = {
     "media_dir": harmless(_PICTURES),
     "cutoff_len": renamed("max_length", 2048, "of a prompt that is too long the end is kept, there the beginning"),
     "train_on_prompt": refused(False, "prompts are not trained on"),
-    "mask_history": renamed("last_answer_only", False),
+    "mask_history": by(meanings.mask_history, False, ours="last_answer_only"),
     "streaming": refused(False, "datasets are read as a whole"),
     "buffer_size": harmless("of streaming, which is refused"),
     "mix_strategy": refused("concat", "datasets are put one after the other"),

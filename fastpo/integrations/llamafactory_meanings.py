@@ -115,6 +115,12 @@ def pref_ftx(value: Any, values: Mapping[str, Any]) -> Settings | str:
     return in_dpo("sft_weight")(value, values)
 
 
+def mask_history(value: Any, values: Mapping[str, Any]) -> Settings | str:
+    if value and values["stage"] != "sft":
+        raise RefusedError("goes with stage: sft")
+    return {"last_answer_only": value}
+
+
 def val_size(value: Any, values: Mapping[str, Any]) -> Settings:
     return {"eval_rows": int(value)} if float(value) > 1 else {"eval_fraction": float(value)}
 
@@ -172,7 +178,7 @@ def disable_shuffling(value: Any, values: Mapping[str, Any]) -> Settings | str:
 
 
 def no_checkpointing(value: Any, values: Mapping[str, Any]) -> Settings:
-    # Gradients are the same either way, and the fused head needs the one that is not reentrant.
+    # Gradients are the same either way; the one that is not reentrant asks for none of a frozen layer's input.
     return {"gradient_checkpointing": not value} | (
         {} if value else {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
     )

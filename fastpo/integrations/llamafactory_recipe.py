@@ -91,11 +91,11 @@ def translate(recipe: Mapping[str, Any], own: Mapping[str, Any]) -> Translation:
         elif isinstance(became, str):
             harmless[name] = became
         else:
-            clashes += [
-                f"{shown} is {ours}: {setting}, beside {ours}: {said[ours]}"
-                for ours, setting in became.items()
-                if ours in said and ours not in KEYS and said[ours] != setting
-            ]
+            beside = {ours for ours in became if ours in said and ours not in KEYS}
+            if name not in became:  # else what it means besides is only what is taken where nothing is said
+                differing = [ours for ours in beside if said[ours] != became[ours]]
+                clashes += [f"{shown} is {ours}: {became[ours]}, beside {ours}: {said[ours]}" for ours in differing]
+            became = {ours: setting for ours, setting in became.items() if ours not in beside}
             settings |= became
             if became != {name: value}:
                 note = f" ({KEYS[name].why})" if KEYS[name].why else ""
@@ -116,9 +116,9 @@ def _become(name: str, value: Any, values: Mapping[str, Any]) -> Settings | str:
     if key.kind == "harmless":
         return key.why
     if key.kind == "refused":
-        if value != key.default:
-            raise RefusedError(key.why)
-        return "off"
+        if value == key.default or (key.default is None and value is False):
+            return "off"
+        raise RefusedError(key.why)
     if key.translate is None:
         return {key.ours or name: value}
     try:
