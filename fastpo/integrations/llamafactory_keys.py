@@ -167,20 +167,15 @@ FINETUNING: dict[str, Key] = {
     "stage": by(meanings.stage, "sft", ours="stage", why="dropout stays on in sft, as there"),
     "finetuning_type": by(meanings.finetuning_type, "lora", ours="use_peft, or freeze_trainable_layers"),
     "pure_bf16": by(meanings.dtype("bfloat16", None), False, ours="dtype: bfloat16"),
-    "freeze_trainable_layers": by(
-        meanings.with_freeze("freeze_trainable_layers"), 2, ours="freeze_trainable_layers"
-    ),
+    "freeze_trainable_layers": by(meanings.with_freeze("freeze_trainable_layers"), 2, ours="freeze_trainable_layers"),
     "freeze_trainable_modules": by(
-        meanings.with_freeze("freeze_trainable_modules"), "all",
-        ours="freeze_trainable_modules",
+        meanings.with_freeze("freeze_trainable_modules"), "all", ours="freeze_trainable_modules"
     ),
     "freeze_extra_modules": by(
         meanings.with_freeze("freeze_extra_modules"), ours="freeze_extra_modules",
         why="by its whole name; there norm would also mean the norms of every layer",
     ),
-    "additional_target": by(
-        meanings.with_lora("lora_modules_to_save"), ours="lora_modules_to_save"
-    ),
+    "additional_target": by(meanings.with_lora("lora_modules_to_save"), ours="lora_modules_to_save"),
     "lora_alpha": by(meanings.with_lora("lora_alpha"), ours="lora_alpha"),
     "lora_dropout": by(meanings.lora_dropout, 0.0, ours="lora_dropout", why="0 in stage dpo, as there"),
     "lora_rank": by(meanings.lora_rank, 8, ours="lora_r, and lora_alpha of twice that where it is left out"),
@@ -196,7 +191,10 @@ FINETUNING: dict[str, Key] = {
     "pref_beta": by(meanings.in_dpo("beta"), 0.1, ours="beta"),
     "pref_ftx": by(meanings.pref_ftx, 0.0, ours="sft_weight", why="per response, mean over its tokens, as there"),
     "pref_bco_weight": refused(0.0, "BCO's moving baseline is not had; pref_loss_type: bco_pair is BCO without it"),
-    "pref_loss": by(meanings.pref_loss, "sigmoid", ours="pref_loss_type, length_normalization, reference_free"),
+    "pref_loss": by(
+        meanings.pref_loss, "sigmoid", ours="pref_loss_type, length_normalization, reference_free",
+        why="as named; with trl 0.24 LLaMA-Factory 0.9.5 computes sigmoid for hinge and ipo too",
+    ),
     "dpo_label_smoothing": by(meanings.label_smoothing, 0.0, ours="label_smoothing"),
     "simpo_gamma": by(meanings.simpo_gamma, 0.5, ours="home_advantage"),
     "ld_alpha": by(
