@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -56,6 +57,7 @@ def _train(path: str, overrides: list[str]) -> int:
         from fastpo.recipe import parse_recipe
         from fastpo.run import prepare_training
 
+        _tell_translation(path, overrides, training=True)
         prepared.append(prepare_training(*parse_recipe(path, overrides)))
 
     status = _reporting_bad_input(prepare)
@@ -82,6 +84,7 @@ def _eval(path: str, overrides: list[str]) -> int:
         from fastpo.recipe import parse_recipe
         from fastpo.run import evaluate
 
+        _tell_translation(path, overrides)
         for name, value in sorted(evaluate(*parse_recipe(path, overrides)).items()):
             print(f"{name:32} {value:.4f}")
 
@@ -93,6 +96,7 @@ def _explain(path: str, overrides: list[str]) -> int:
         from fastpo.explain import explain
         from fastpo.recipe import parse_objective
 
+        _tell_translation(path, overrides)
         print(explain(*parse_objective(path, overrides)))
 
     return _reporting_bad_input(explain_recipe)
@@ -103,9 +107,23 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         from fastpo.plan_report import plan
 
         a = arguments
+        _tell_translation(a.recipe, overrides)
         print(plan(a.recipe, overrides, a.memory, a.gpu, on_cpu=a.cpu, from_data=a.from_data))
 
     return _reporting_bad_input(print_plan)
+
+
+def _tell_translation(path: str, overrides: list[str], training: bool = False) -> None:
+    """Print what became of the keys of a LLaMA-Factory recipe; of fastpo's own there is nothing to tell."""
+    from fastpo.recipe import read_translation
+
+    translation = read_translation(path, overrides)
+    if translation is None:
+        return
+    if training and not translation.trains:
+        raise ValueError("do_train must not be false for fastpo train; fastpo eval evaluates what a recipe left")
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{translation.report}\n")
 
 
 def _methods() -> int:

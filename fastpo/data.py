@@ -33,6 +33,8 @@ VECTOR_COLUMNS = ("prompt_hidden",)
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 HH_ASSISTANT = "\n\nAssistant:"
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Column of what is wrong with a row, where reading it has found that out; empty where nothing is.
+PROBLEM = "fastpo_problem"
 MAX_NAMED_ROWS = 5
 
 
@@ -273,6 +275,8 @@ def row_converter(
         index = row["index"] if type(row.get("index")) is int else position
         empty: dict[str, Any] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": [], "index": index, "problem": ""}
         try:
+            if row.get(PROBLEM):
+                raise BadRowError(row[PROBLEM])
             tokens = encode(row)
             tokens |= {name: _numbers(name, row[name], name in VECTOR_COLUMNS) for name in own}
         except BadRowError as error:

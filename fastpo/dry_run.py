@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.backbone import causal_lm
 from fastpo.data import VECTOR_COLUMNS
-from fastpo.recipe import RecipeArguments, build_peft_config, model_config, weights_dtype
+from fastpo.recipe import RecipeArguments, build_peft_config, freeze, model_config, weights_dtype
 from fastpo.reference_model import Reference
 from fastpo.shape_mode import ShapeMode
 from fastpo.trainer import PreferenceTrainer
@@ -194,7 +194,9 @@ def _model(recipe: RecipeArguments, config: Any) -> Any:
     dtype: Any = weights_dtype(recipe)
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.float32
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **eager)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **eager)
+    freeze(recipe, model)
+    return model
 
 
 def _reference(recipe: RecipeArguments) -> Any:

@@ -90,7 +90,8 @@ class Planner:
 
         def of_rows(count: int) -> list[dict[str, int]]:
             part = rows[len(rows) - count :]
-            if layers > MORE and _uniform(config):
+            # Beyond a few trained layers, models of a few layers do not have the frozen ones.
+            if layers > MORE and _uniform(config) and abs(self.recipe.freeze_trainable_layers or 0) <= FEW:
                 return _straight(lambda n: stretches(n, part), layers)
             return stretches(0, part)
 
@@ -225,7 +226,7 @@ def switches(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> list
         found.append({"split_responses": True})
     if not recipe.use_peft and args.optim not in EIGHT_BIT_OPTIMIZERS:
         found.append({"optim": "adamw_8bit"})
-    if not recipe.use_peft:
+    if not recipe.use_peft and recipe.freeze_trainable_layers is None:
         found.append({"use_peft": True, "dtype": "bfloat16"})
     if args.max_length is not None and args.max_length >= 2 * LENGTH_STEP:
         found.append({"max_length": args.max_length // 2})

@@ -8,7 +8,7 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 from datasets import Dataset
@@ -29,8 +29,13 @@ from fastpo.arguments import (
     own_columns,
     parse_dict,
 )
+from fastpo.chat_templates import check_chat_template, set_chat_template
 from fastpo.config import PreferenceConfig, option
 from fastpo.data import find_form, read_dataset, tokenize_dataset
+from fastpo.freezing import train_only
+from fastpo.integrations.llamafactory_data import read_named_datasets
+from fastpo.integrations.llamafactory_keys import KEYS
+from fastpo.integrations.llamafactory_recipe import Translation, is_llamafactory, split_overrides, translate
 from fastpo.methods import METHODS
 from fastpo.stages import STAGES
 from fastpo.tokenizer import train_tokenizer
@@ -45,6 +50,9 @@ class RecipeArguments:
     model_config: dict | str | None = option(None, "Build a new model instead: model_type and its config's fields.")
     tokenizer_name_or_path: str | None = option(None, "The tokenizer; default: the model's.")
     tokenizer_vocab_size: int | None = option(None, "Train a byte-level BPE tokenizer of this size on the dataset.")
+    chat_template: str | None = option(None, "A template of fastpo.chat_templates in place of the tokenizer's own.")
+    default_system: str | None = option(None, "The system message of conversations without one, with chat_template.")
+    enable_thinking: bool = option(True, "Whether answers begin with a thought, with a chat_template that thinks.")
     ref_model_name_or_path: str | None = option(None, "Another reference model.")
     dtype: str = option(
         "auto",
@@ -54,17 +62,30 @@ class RecipeArguments:
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...")
     trust_remote_code: bool = option(False, "Allow code from the model's repository.")
     dataset: str | None = option(None, "A JSON, JSONL or Parquet file, or a dataset's name.")
+    dataset_info: str | None = option(
+        None, "A folder with LLaMA-Factory's dataset_info.json: dataset and eval_dataset are names in it, with commas."
+    )
+    last_answer_only: bool = option(False, "Stage sft with dataset_info: of each conversation train the last answer.")
     dataset_split: str = option("train", "Split of a named dataset.")
     eval_dataset: str | None = option(None, "Held-out data in the same forms.")
     eval_split: str | None = option(None, "Split of a named eval_dataset; default: dataset_split.")
     eval_fraction: float = option(0.0, "Hold out this fraction of the dataset where eval_dataset is not given.")
-    max_samples: int | None = option(None, "Use the first so many rows.")
+    eval_rows: int = option(0, "Hold out so many rows instead.")
+    max_samples: int | None = option(None, "Use the first so many rows; with dataset_info, of each dataset.")
     use_peft: bool = option(False, "Train a LoRA adapter; the reference is the model without it.")
     lora_r: int = option(16, "Rank.")
     lora_alpha: int = option(32, "Scale: alpha / r.")
     lora_dropout: float = option(0.05, "Dropout of the adapter's input.")
     lora_target_modules: str = option("all-linear", "Modules to adapt: all-linear, or names separated by commas.")
     lora_modules_to_save: str | None = option(None, "Modules to train whole, separated by commas.")
+    use_rslora: bool = option(False, "Scale by alpha / sqrt(r).")
+    use_dora: bool = option(False, "Learn magnitude and direction apart (DoRA).")
+    merge_adapters: str | None = option(None, "Saved adapters to merge into the model first, separated by commas.")
+    freeze_trainable_layers: int | None = option(
+        None, "Train the last so many layers alone, or the first so many where it is negative."
+    )
+    freeze_trainable_modules: str = option("all", "Parts of those layers to train, separated by commas.")
+    freeze_extra_modules: str | None = option(None, "Modules outside the layers to train too, separated by commas.")
 
     def __post_init__(self) -> None:
         self.model_config = parse_dict("model_config", self.model_config)
@@ -83,10 +104,28 @@ class RecipeArguments:
             raise ValueError(f"eval_fraction must be in [0, 1), got {self.eval_fraction!r}")
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"max_samples must be >= 1, got {self.max_samples!r}")
+        if self.eval_rows < 0 or (self.eval_rows and self.eval_fraction):
+            raise ValueError(
+                f"eval_rows must be >= 0, and 0 with eval_fraction={self.eval_fraction!r}, got {self.eval_rows!r}"
+            )
+        if self.chat_template is not None:
+            check_chat_template(self.chat_template)
+        elif self.default_system is not None or not self.enable_thinking:
+            raise ValueError("default_system and enable_thinking=False need a chat_template, got none")
+        if self.merge_adapters and (self.load_in_4bit or not self.model_name_or_path):
+            raise ValueError("merge_adapters needs model_name_or_path without load_in_4bit: 4-bit weights take no sum")
+        self._check_freezing()
         if self.load_in_4bit and not (self.use_peft and self.model_name_or_path):
             raise ValueError("load_in_4bit needs use_peft and model_name_or_path: what is quantised is not trained")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}")
+
+    def _check_freezing(self) -> None:
+        if self.freeze_trainable_layers is None:
+            if self.freeze_trainable_modules != "all" or self.freeze_extra_modules:
+                raise ValueError("freeze_trainable_modules and freeze_extra_modules need freeze_trainable_layers")
+        elif self.use_peft:
+            raise ValueError("freeze_trainable_layers must be unset with use_peft, which freezes the whole model")
 
 
 class _Parser(HfArgumentParser):
@@ -99,16 +138,17 @@ def parse_recipe(
 ) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
     """A recipe file with command-line overrides (``--key value``) into validated arguments.
 
-    Precedence: overrides, then the file, then the preset, then `defaults`.
+    A file of LLaMA-Factory's is translated first (`fastpo.integrations.llamafactory_recipe`). Precedence: overrides,
+    then the file, then the preset, then LLaMA-Factory's defaults, then `defaults`.
 
     Raises:
         ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
     """
-    recipe, preset = _read_recipe(path, overrides)
+    read = _read_recipe(path, overrides)
     parser = _Parser((RecipeArguments, PreferenceTrainingArguments), allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
-    _set_defaults(parser, recipe, preset)
-    return parser.parse_args_into_dataclasses(overrides, look_for_args_file=False)
+    _set_defaults(parser, read)
+    return parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
 
 
 def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, str, str | None]:
@@ -117,39 +157,75 @@ def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, 
     Raises:
         ValueError, TypeError: as `parse_recipe`.
     """
-    recipe, preset = _read_recipe(path, overrides)
+    read = _read_recipe(path, overrides)
     parser = _Parser(ObjectiveFields, allow_abbrev=False)
     parser.add_argument("--stage", default="dpo", choices=STAGES)
-    _set_defaults(parser, {k: v for k, v in recipe.items() if k in (*OBJECTIVE_NAMES, "stage")}, preset)
+    of_objective = (*OBJECTIVE_NAMES, "stage")
+    recipe, defaults = ({k: v for k, v in keys.items() if k in of_objective} for keys in (read.recipe, read.defaults))
+    _set_defaults(parser, read._replace(recipe=recipe, defaults=defaults))
     fields, others, _ = parser.parse_args_into_dataclasses(
-        overrides, look_for_args_file=False, return_remaining_strings=True
+        read.overrides, look_for_args_file=False, return_remaining_strings=True
     )
-    return build_objective(fields, others.stage), others.stage, preset
+    return build_objective(fields, others.stage), others.stage, read.preset
 
 
-def _read_recipe(path: str, overrides: list[str]) -> tuple[dict[str, Any], str | None]:
-    """The file's keys, all known, and the preset that it or the command line names."""
-    known = {f.name for kind in (RecipeArguments, PreferenceTrainingArguments) for f in dataclasses.fields(kind)}
-    recipe = _read_yaml(path)
+def read_translation(path: str, overrides: list[str]) -> Translation | None:
+    """What became of the keys of a LLaMA-Factory recipe; None for a recipe of fastpo's own.
+
+    Raises:
+        ValueError: as `parse_recipe`.
+    """
+    return _read_recipe(path, overrides).translation
+
+
+class _Read(NamedTuple):
+    """A recipe file in fastpo's keys, all known.
+
+    Attributes:
+        recipe: what the file says, and of a LLaMA-Factory recipe the overrides in its own keys.
+        defaults: what holds where neither recipe nor preset says anything.
+        overrides: the other ones, of fastpo's keys.
+        preset: that the file or the command line names.
+        translation: of a LLaMA-Factory recipe.
+    """
+
+    recipe: dict[str, Any]
+    defaults: dict[str, Any]
+    overrides: list[str]
+    preset: str | None
+    translation: Translation | None
+
+
+def _read_recipe(path: str, overrides: list[str]) -> _Read:
+    own = {
+        f.name: f.default for kind in (RecipeArguments, PreferenceTrainingArguments) for f in dataclasses.fields(kind)
+    }
+    recipe, translation = _read_yaml(path), None
+    foreign = is_llamafactory(recipe, own)
+    known = {*own, *KEYS} if foreign else {*own}
     for key in recipe:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+            raise ValueError(f"{path}: unknown key {key!r}{_nearest(str(key), {*own, *KEYS})}")
     for flag in overrides:
         name = flag.split("=")[0].removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
             raise ValueError(f"unknown option {flag.split('=')[0]!r}{_nearest(name, known)}")
+    if foreign:
+        said, overrides = split_overrides(overrides)
+        translation = translate(recipe | said, own)
+        recipe = translation.settings
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=recipe.get("preset"))
     preset = finder.parse_known_args(overrides)[0].preset
     if preset is not None and preset not in METHODS:
         raise ValueError(f"preset must be one of {', '.join(METHODS)}, got {preset!r}")
-    return recipe, preset
+    return _Read(recipe, translation.defaults if translation else {}, overrides, preset, translation)
 
 
-def _set_defaults(parser: argparse.ArgumentParser, recipe: dict[str, Any], preset: str | None) -> None:
-    parser.set_defaults(**(METHODS[preset].settings if preset else {}))
-    # argparse converts a default only if it is a string: exactly YAML's 1e-5, which it reads as one.
-    parser.set_defaults(**{k: json.dumps(v) if isinstance(v, dict) else v for k, v in recipe.items()})
+def _set_defaults(parser: argparse.ArgumentParser, read: _Read) -> None:
+    for keys in (read.defaults, METHODS[read.preset].settings if read.preset else {}, read.recipe):
+        # argparse converts a default only if it is a string: exactly YAML's 1e-5, which it reads as one.
+        parser.set_defaults(**{k: json.dumps(v) if isinstance(v, dict) else v for k, v in keys.items()})
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -182,26 +258,41 @@ def check_output_dir(output_dir: str) -> None:
 def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset, Dataset | None]:
     """Training and held-out rows as they stand in the files; the held-out fraction depends on the seed alone."""
     assert recipe.dataset is not None
-    train = read_dataset(recipe.dataset, recipe.dataset_split)
+    train = _read_rows(recipe, recipe.dataset, recipe.dataset_split, seed, stage)
     find_form(train.column_names, stage, recipe.dataset)
     # The rows' numbers in the file travel along, so that an error or a diverging loss names the right one.
     if "index" in train.column_names:
         train = train.remove_columns("index")
     train = train.add_column("index", list(range(len(train))))
-    if recipe.max_samples is not None:
+    if recipe.max_samples is not None and recipe.dataset_info is None:
         train = train.select(range(min(recipe.max_samples, len(train))))
     if recipe.eval_dataset is not None:
-        return train, read_dataset(recipe.eval_dataset, recipe.eval_split or recipe.dataset_split)
-    if recipe.eval_fraction == 0:
+        return train, _read_rows(recipe, recipe.eval_dataset, recipe.eval_split or recipe.dataset_split, seed, stage)
+    held_out = recipe.eval_rows or recipe.eval_fraction
+    if held_out == 0:
         return train, None
-    if len(train) < 2:
-        raise ValueError(f"eval_fraction={recipe.eval_fraction} needs at least 2 rows, got {len(train)}")
-    parts = train.train_test_split(test_size=recipe.eval_fraction, seed=seed)
+    if len(train) < 2 or recipe.eval_rows >= len(train):
+        name = "eval_rows" if recipe.eval_rows else "eval_fraction"
+        raise ValueError(f"{name}={held_out} needs at least {max(2, recipe.eval_rows + 1)} rows, got {len(train)}")
+    parts = train.train_test_split(test_size=held_out, seed=seed)
     return parts["train"], parts["test"]
+
+
+def _read_rows(recipe: RecipeArguments, name: str, split: str, seed: int, stage: str) -> Dataset:
+    if recipe.dataset_info is None:
+        return read_dataset(name, split)
+    return read_named_datasets(name, recipe.dataset_info, stage, seed, recipe.max_samples, recipe.last_answer_only)
 
 
 def build_tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in: str | None) -> Any:
     """The tokenizer that the recipe names, or one trained on the rows, or the one an earlier run so trained."""
+    tokenizer = _tokenizer(recipe, rows, stage, saved_in)
+    if recipe.chat_template is not None:
+        set_chat_template(tokenizer, recipe.chat_template, recipe.default_system, recipe.enable_thinking)
+    return tokenizer
+
+
+def _tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in: str | None) -> Any:
     if recipe.tokenizer_vocab_size and not recipe.tokenizer_name_or_path:
         if saved_in is not None and Path(saved_in, "tokenizer.json").exists():
             return AutoTokenizer.from_pretrained(saved_in)
@@ -212,7 +303,25 @@ def build_tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in
 
 
 def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
-    """The model that the recipe names, or a new one from its config class, the same for the same seed."""
+    """The model that the recipe names, or a new one from its config class, the same for the same seed; what the recipe
+    freezes asks for no gradient."""
+    model = _model(recipe, args, tokenizer)
+    for adapter in _names(recipe.merge_adapters or []):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    freeze(recipe, model)
+    return model
+
+
+def freeze(recipe: RecipeArguments, model: Any) -> None:
+    """Leave gradients to the layers that the recipe trains, where it names some."""
+    if recipe.freeze_trainable_layers is not None:
+        extra = _names(recipe.freeze_extra_modules or [])
+        train_only(model, recipe.freeze_trainable_layers, _names(recipe.freeze_trainable_modules), extra)
+
+
+def _model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
     extra: dict[str, Any] = {"attn_implementation": recipe.attn_implementation} if recipe.attn_implementation else {}
     if recipe.load_in_4bit:
         extra["quantization_config"] = _four_bits(recipe.dtype)
@@ -272,6 +381,8 @@ def build_peft_config(recipe: RecipeArguments) -> Any:
         lora_dropout=recipe.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
         modules_to_save=_names(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         task_type="CAUSAL_LM",
     )
 

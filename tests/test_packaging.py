@@ -136,6 +136,15 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"fastpo.regularizers", "fastpo.schedules", "fastpo.scores", "fastpo.types"},
         {"torch"},
     ),
+    "fastpo.chat_templates": (set(), set()),
+    "fastpo.freezing": (set(), {"torch"}),
+    "fastpo.integrations.llamafactory_meanings": ({"fastpo.chat_templates", "fastpo.stages"}, set()),
+    "fastpo.integrations.llamafactory_keys": ({"fastpo.integrations.llamafactory_meanings"}, set()),
+    "fastpo.integrations.llamafactory_recipe": (
+        {"fastpo.integrations.llamafactory_keys", "fastpo.integrations.llamafactory_meanings"},
+        {"torch", "yaml"},
+    ),
+    "fastpo.integrations.llamafactory_data": ({"fastpo.data"}, {"datasets", "numpy"}),
 }
 # name -> the modules that may import it
 ONLY_FROM: dict[str, tuple[str, ...]] = {
