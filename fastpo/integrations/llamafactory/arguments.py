@@ -25,7 +25,7 @@ OWN_OPTIMIZERS = ("use_galore", "use_apollo", "use_badam", "use_adam_mini", "use
 
 
 @dataclass
-class PreferenceFinetuningArguments(ObjectiveFields, FinetuningArguments):  # type: ignore[misc, valid-type]
+class PreferenceFinetuningArguments(ObjectiveFields, FinetuningArguments):
     """`FinetuningArguments` and the fields of `PreferenceConfig`, flat and under the same names.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from llamafactory.train.dpo.trainer import CustomDPOTrainer
 from torch import Tensor, nn
 from transformers import Trainer
