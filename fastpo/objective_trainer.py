@@ -109,10 +109,10 @@ class TrainsObjective:
         done = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
         return scheduled_beta(self.objective.beta_schedule, done)
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with a parameter group of its own for the Beta head."""
         made_here = self.optimizer is None
-        optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        optimizer = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         head = heads_of(self.model).get("beta_head")
         parameters = [] if head is None else [p for p in head.parameters() if p.requires_grad]
         if made_here and head is not None and parameters:
