@@ -37,7 +37,7 @@ def runs(train_all: Callable[..., Any], outputs: Path) -> dict[str, Any]:
         "full beta": {**BETA, "finetuning_type": "full", "learning_rate": 1e-3},
         "disco": DISCO,
         "disco again": {**DISCO, **still, "adapter_name_or_path": str(outputs / "disco")},
-        "reward disco": {**DISCO, **REWARD, "save_steps": 4},
+        "reward disco": {**DISCO, **REWARD, "save_steps": 4, "val_size": 0.1, "do_eval": True},
         "reward disco again": {**DISCO, **REWARD, **still, "adapter_name_or_path": str(outputs / "reward disco")},
         "full reward disco": {**DISCO, "stage": "rm", "finetuning_type": "full", "learning_rate": 1e-3},
     }

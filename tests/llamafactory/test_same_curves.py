@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+EVALUATED = {"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2}
 SAME: dict[str, dict[str, Any]] = {
-    "sigmoid": {"val_size": 0.1, "eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 2},
+    "sigmoid": EVALUATED,
     "hinge": {"pref_loss": "hinge"},
     "ipo": {"pref_loss": "ipo"},
     "simpo": {"pref_loss": "simpo", "pref_beta": 2.0, "simpo_gamma": 0.7},
@@ -17,7 +18,7 @@ SAME: dict[str, dict[str, Any]] = {
     "ld_alpha": {"ld_alpha": 0.3},
     "full": {"finetuning_type": "full", "learning_rate": 1e-4},
     "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1, "learning_rate": 1e-3},
-    "reward": {"stage": "rm"},
+    "reward": {"stage": "rm", **EVALUATED},
 }
 AS_IT_IS = "as_it_is hinge"
 Runs = dict[str, dict[str, Any]]
@@ -54,10 +55,17 @@ def test_rewards(runs: Runs, name: str) -> None:
         assert ours[2:] == pytest.approx(plain[2:], abs=1e-4), key
 
 
-def test_evaluation(runs: Runs) -> None:
-    for name in ("loss", "rewards/chosen", "rewards/accuracies", "logps/chosen", "logps/rejected"):
-        plain, ours = (curve(runs[kind]["sigmoid"], f"eval_{name}") for kind in ("plain", "fastpo"))
-        assert len(ours) == 2 and ours == pytest.approx(plain, rel=1e-4, abs=1e-4), name
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("sigmoid", ("loss", "rewards/chosen", "rewards/accuracies", "logps/chosen", "logps/rejected")),
+        ("reward", ("loss", "accuracy")),
+    ],
+)
+def test_evaluation(runs: Runs, name: str, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        plain, ours = (curve(runs[kind][name], f"eval_{key}") for kind in ("plain", "fastpo"))
+        assert len(ours) == 2 and ours == pytest.approx(plain, rel=1e-4, abs=1e-4), key
 
 
 @pytest.mark.parametrize("name", SAME)

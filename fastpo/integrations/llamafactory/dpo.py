@@ -26,6 +26,8 @@ class StatsDPOTrainer(TrainsObjective, CustomDPOTrainer):
 
     def __init__(self, model: Any, ref_model: Any, finetuning_args: Any, processor: Any, **kwargs: Any) -> None:
         check_text(processor)
+        if ref_model is model and finetuning_args.preference_config.beta_mode == "dynamic_scaling":
+            raise ValueError("ref_model must be given to evaluate without training: the Beta head reads the reference")
         self.objective = add_heads(model, ref_model, finetuning_args.preference_config, finetuning_args.heads_source)
         self.vocab_size, _ = head_shape(causal_lm(model))
         self.reference = Reference(self.objective, "dpo")
