@@ -1,36 +1,18 @@
 """Runs in an environment of its own: `make test-llamafactory`. Elsewhere there is nothing to collect."""
 
 import importlib.metadata
-import importlib.util
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run
 
 HERE = Path(__file__).parent
-STUBS = HERE / "stubs"
 if not list(importlib.metadata.distributions(name="llamafactory")):  # not find_spec: this folder has its name
     collect_ignore_glob = ["test_*.py"]
-if importlib.util.find_spec("torchaudio") is None:
-    sys.path.append(str(STUBS))
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *sys.path[-1:]])),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-}
-
-
-def run(*command: Any) -> subprocess.CompletedProcess[str]:
-    """A finished process of this environment."""
-    return subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import run
+from processes import run
 
 # Regularisers of a batch as a whole would see other batches on two processes.
 BETA = {
