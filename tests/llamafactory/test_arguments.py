@@ -1,11 +1,20 @@
 """LLaMA-Factory's keys and fastpo's, and the objective that they state together."""
 
+import dataclasses
 import json
 from typing import Any
 
 import pytest
+from llamafactory.hparams import (
+    DataArguments,
+    FinetuningArguments,
+    GeneratingArguments,
+    ModelArguments,
+    TrainingArguments,
+)
 from transformers import HfArgumentParser
 
+from fastpo.arguments import OBJECTIVE_NAMES
 from fastpo.config import PreferenceConfig
 from fastpo.integrations.llamafactory.arguments import PreferenceFinetuningArguments, check_model_arguments
 
@@ -81,6 +90,8 @@ def test_beta_head_config(written: Any) -> None:
         ({"ld_alpha": 0.5, "pref_ftx": 0.5}, "ld_alpha and pref_ftx"),
         ({"pref_loss": "orpo", "ld_alpha": 0.5}, "ld_alpha is not used by pref_loss_type 'orpo'"),
         ({"use_mca": True}, "use_mca"),
+        ({"add_beta_head": True, "beta_mode": "dynamic_scaling", "regularizers": {"confidence": 1.0}}, "'confidence'"),
+        ({"contextual_scaling": "mallows", "reference_free": True}, "reference_free must be False"),
         ({"add_disco_head": True, "use_muon": True}, "use_muon must be False"),
         ({"pref_loss_type": "disco"}, "add_disco_head"),
         ({"beta_mode": "dynamic_scaling"}, "add_beta_head"),
@@ -92,6 +103,14 @@ def test_beta_head_config(written: Any) -> None:
 def test_refused(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PreferenceFinetuningArguments(**{"stage": "dpo", **keys})
+
+
+def test_names_are_no_other_arguments() -> None:
+    """The parser gives a key to every class that has it."""
+    others = {f.name for kind in (DataArguments, GeneratingArguments, ModelArguments, TrainingArguments)
+              for f in dataclasses.fields(kind)}  # fmt: skip
+    assert not others & set(OBJECTIVE_NAMES)
+    assert set(OBJECTIVE_NAMES) & {f.name for f in dataclasses.fields(FinetuningArguments)} == {"ld_alpha"}
 
 
 def test_other_stages_are_left_alone() -> None:

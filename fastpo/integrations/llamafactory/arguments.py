@@ -101,12 +101,18 @@ def _check_supported(args: Any, objective: PreferenceConfig) -> None:
     """Refuse what would be left out of the loss or of the training of the heads."""
     if args.pref_bco_weight > 0:
         raise ValueError(
-            "pref_bco_weight must be 0 here, got "
-            f"{args.pref_bco_weight!r}: for a sum of losses give pref_loss_type a dictionary, such as "
-            "{sigmoid: 1, bco_pair: 0.5}"
+            f"pref_bco_weight must be 0 here, got {args.pref_bco_weight!r}: for a sum of losses give pref_loss_type a "
+            "dictionary, such as {sigmoid: 1, bco_pair: 0.5}"
         )
     if args.ld_alpha is not None and objective.sft_weight != 0:
-        raise ValueError("ld_alpha and pref_ftx (sft_weight) must not be given together: they define each other's sum")
+        raise ValueError(
+            "ld_alpha and pref_ftx (sft_weight) must not be given together: LLaMA-Factory would discount the SFT term "
+            "too, fastpo would not"
+        )
+    if objective.regularizers is not None and "confidence" in objective.regularizer_weights:
+        raise ValueError("regularizers must not name 'confidence', whose scores LLaMA-Factory's data do not carry")
+    if objective.contextual_scaling == "mallows" and objective.reference_free:
+        raise ValueError("contextual_scaling='mallows' must have a reference here: reference_free must be False")
     if args.use_mca or args.use_hyper_parallel:
         raise ValueError("use_mca and use_hyper_parallel train by other programs: they must be False here")
     if objective.add_beta_head or objective.add_disco_head:
