@@ -13,12 +13,12 @@ from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter, without_reference_adapter
-from fastpo.architecture import add_heads, check_optimizer, heads_of, without_heads
+from fastpo.architecture import add_heads, check_optimizer, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
-from fastpo.backbone import Wanted, causal_lm, head_shape, install_stats_forward, model_stats
+from fastpo.backbone import causal_lm, head_shape, install_stats_forward, model_stats
 from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
-from fastpo.checkpoints import AtomicTrainer, LoadsHeads
+from fastpo.checkpoints import AtomicTrainer
 from fastpo.collation import PreferenceCollator
 from fastpo.data import tokenize_dataset
 from fastpo.layout import completion_tokens
@@ -32,18 +32,17 @@ from fastpo.loading import (
 from fastpo.loss_inputs import check_reads_column
 from fastpo.model_card import write_model_card
 from fastpo.nonfinite import StepGuard, check_loss
+from fastpo.objective_trainer import TrainsObjective
 from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.reference_model import Reference
-from fastpo.regularizers import label_confidence
-from fastpo.schedules import RunningMeans, scheduled_beta
-from fastpo.stages import dpo_stage, sft_stage
+from fastpo.stages import sft_stage
 from fastpo.trackers import show_beta_histograms
-from fastpo.types import AnySequenceStats, LossOutput, StepTotals
+from fastpo.types import LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
 
 
-class PreferenceTrainer(LoadsHeads, AtomicTrainer):
+class PreferenceTrainer(TrainsObjective, AtomicTrainer):
     """Train a causal LM on preferences (stage ``dpo``) or on their chosen responses (stage ``sft``).
 
     Args:
@@ -184,21 +183,6 @@ class PreferenceTrainer(LoadsHeads, AtomicTrainer):
                 raise ValueError(f"regularizers names 'confidence', which needs a {name} column in {source}")
         return rows
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a parameter group of its own for the Beta head."""
-        made_here = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        head = heads_of(self.model).get("beta_head")
-        parameters = [] if head is None else [p for p in head.parameters() if p.requires_grad]
-        if made_here and head is not None and parameters:
-            own = {id(parameter) for parameter in parameters}
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-            rate = self.args.learning_rate * head.config.lr_multiplier
-            # No decay: what pulls s(x) towards 1 are the regularisers.
-            optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
-        return optimizer
-
     # --- loss -------------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -226,62 +210,7 @@ class PreferenceTrainer(LoadsHeads, AtomicTrainer):
         """The stage's `LossOutput` for a `PreferenceBatch` on the model's device."""
         if self.args.stage == "sft":
             return sft_stage(model_stats(model, inputs).sequence_stats(), totals=totals)
-        objective, dynamic = self.objective, self.objective.beta_mode == "dynamic_scaling"
-        lacking = self.reference.lacking(inputs)
-        stats, prompt = self.reference.known(inputs)
-        # A policy with an adapter answers for the reference in its own forward.
-        inside = lacking.pairs and self.ref_model is None
-        if inside:
-            self.reference.check_adapter(self.accelerator.unwrap_model(model), lacking)
-        elif lacking:
-            output = self.reference.ask(model, self.accelerator.unwrap_model(model), inputs, lacking)
-            stats, prompt = output.sequence_stats() if lacking.pairs else stats, prompt | output.prompt_features()
-        wanted = Wanted(
-            shared_logps=objective.ld_alpha is not None,
-            log_sum_sq_probs=objective.use_weighting,
-            variance="disco" in objective.comparisons,
-            reference=inside,
-            prompt=lacking.features if inside else (),
-            prompt_rows=len(inputs["index"]),
-            log_s=dynamic,
-            one_side_at_a_time=self.args.split_responses,
-        )
-        policy = model_stats(model, inputs, wanted, prompt or None)
-        if inside:
-            stats, prompt = policy.reference_stats(), prompt | policy.prompt_features()
-        head = heads_of(self.accelerator.unwrap_model(model))["beta_head"] if dynamic else None
-        confidence = None
-        if "score_chosen" in inputs and "score_rejected" in inputs:
-            confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
-        found = dpo_stage(
-            policy.sequence_stats(), stats, objective,
-            vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
-            context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
-            prompt_entropy=prompt.get("entropy"), confidence=confidence,
-            features=None if head is None else head.features(**{name: prompt[name] for name in head.config.features}),
-            totals=totals,
-            # What evaluation sees is not remembered.
-            state=self.running_means if model.training else dict(self.running_means),
-        )  # fmt: skip
-        return found._replace(metrics=found.metrics | self.further_metrics(found, policy.sequence_stats(), inputs))
-
-    def further_metrics(
-        self, output: LossOutput, policy: AnySequenceStats, inputs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Metrics of a batch beside the objective's, or in their place; `policy` has the chosen rows first."""
-        return {}
-
-    @property
-    def running_means(self) -> RunningMeans:
-        """What regularisers and batch beta remember; checkpoints keep it."""
-        return next(callback.means for callback in self.callback_handler.callbacks if isinstance(callback, Memory))
-
-    def base_beta(self) -> float:
-        """beta at this step: `beta`, or what `beta_schedule` says; after training its last value."""
-        if self.objective.beta_schedule is None:
-            return self.objective.beta
-        done = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 1.0
-        return scheduled_beta(self.objective.beta_schedule, done)
+        return self.preference_output(model, inputs, totals, one_side_at_a_time=self.args.split_responses)
 
     def precompute_reference(self, dataset: Dataset) -> Dataset:
         """The dataset, tokenised, with columns ref_* and prompt_* of what the objective reads of the reference.

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SOURCE = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "runs")
+NOT_SOURCE = (".git", ".venv*", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "runs")
 HUGGING_FACE = ("accelerate", "datasets", "peft", "tokenizers", "transformers", "trl")
 USE_IT = """
 import json, torch, fastpo, fastpo.kernels.chunked, fastpo.kernels.fused
@@ -150,7 +150,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
 ONLY_FROM: dict[str, tuple[str, ...]] = {
     "fastpo.kernels": ("fastpo.kernels", "fastpo.ops", "bench"),
     "fastpo.reference": ("fastpo.ops",),
-    "fastpo.integrations": ("fastpo.integrations",),
+    "fastpo.integrations": ("fastpo.integrations", "fastpo.recipe"),
+    "fastpo.integrations.llamafactory": ("fastpo.integrations.llamafactory",),
+    "llamafactory": ("fastpo.integrations.llamafactory",),
     "trl": ("fastpo.integrations", "bench"),
     "triton": (
         *("fastpo.kernels.autotune", "fastpo.kernels.backward_kernels", "fastpo.kernels.device"),
