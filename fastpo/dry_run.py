@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PrinterCallback
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.backbone import causal_lm
 from fastpo.data import VECTOR_COLUMNS
-from fastpo.recipe import RecipeArguments, build_peft_config, freeze, model_config, weights_dtype
+from fastpo.from_recipe import build_peft_config, freeze, model_config, weights_dtype
+from fastpo.recipe import RecipeArguments
 from fastpo.reference_model import Reference
 from fastpo.shape_mode import ShapeMode
 from fastpo.trainer import PreferenceTrainer

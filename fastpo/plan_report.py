@@ -6,8 +6,9 @@ import torch
 
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.dry_run import Lengths, lengths_of
+from fastpo.from_recipe import build_tokenizer, read_splits, tokenize_splits
 from fastpo.plan import GB, Planner, Prediction, memory_of, parse_memory, switches, usable
-from fastpo.recipe import RecipeArguments, build_tokenizer, parse_recipe, read_splits, tokenize_splits
+from fastpo.recipe import RecipeArguments, parse_recipe
 
 NO_DATASET = "(none)"
 

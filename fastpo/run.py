@@ -11,11 +11,7 @@ from fastpo.callbacks import PeakMemory
 from fastpo.checkpoints import clear_staging, is_complete, newest_checkpoint
 from fastpo.dry_run import lengths_of
 from fastpo.files import replacing
-from fastpo.memory import hand_back_what_is_freed
-from fastpo.plan import GB, Planner
-from fastpo.preemption import SaveOnSigterm
-from fastpo.recipe import (
-    RecipeArguments,
+from fastpo.from_recipe import (
     build_model,
     build_peft_config,
     build_reference,
@@ -24,6 +20,10 @@ from fastpo.recipe import (
     read_splits,
     tokenize_splits,
 )
+from fastpo.memory import hand_back_what_is_freed
+from fastpo.plan import GB, Planner
+from fastpo.preemption import SaveOnSigterm
+from fastpo.recipe import RecipeArguments
 from fastpo.reporting import MetricsFile, draw_curves
 from fastpo.trainer import PreferenceTrainer
 

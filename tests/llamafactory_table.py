@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from fastpo.integrations.llamafactory_keys import KEYS
+from fastpo.integrations.llamafactory_recipes.keys import KEYS
 
 PAGE = Path(__file__).parents[1] / "docs" / "llamafactory.md"
 START, END = "<!-- from the table in the code: python tests/llamafactory_table.py -->\n", "<!-- end -->\n"

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from fastpo import PreferenceTrainer, backbone
 from fastpo.adapters import add_reference_adapter, as_reference, without_reference_adapter
-from fastpo.recipe import RecipeArguments, build_model, build_peft_config
+from fastpo.from_recipe import build_model, build_peft_config
+from fastpo.recipe import RecipeArguments
 
 # PEFT warns of adapters on tied or output embeddings: merging and saving them is what is tested.
 pytestmark = pytest.mark.filterwarnings(

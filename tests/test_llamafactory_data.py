@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 from llamafactory_datasets import write_datasets
 
-from fastpo.integrations import llamafactory_data
-from fastpo.integrations.llamafactory_data import read_named_datasets
+from fastpo.integrations.llamafactory_recipes import datasets as named
+from fastpo.integrations.llamafactory_recipes.datasets import read_named_datasets
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_a_dataset_of_the_hub_is_asked_for_as_its_entry_says(data: Path, monkeyp
         asked.append((path, options))
         return Dataset.from_list([{"instruction": "Hi", "input": "", "output": "Hello"}])
 
-    monkeypatch.setattr(llamafactory_data, "load_dataset", load)
+    monkeypatch.setattr(named, "load_dataset", load)
     assert read(data, "hub", "sft")[0]["completion"] == [message("assistant", "Hello")]
     assert asked == [("some/rows", {"name": "small", "data_dir": "here", "split": "test"})]
     rows = read_named_datasets("some/other", "ONLINE", "sft", 42, None, False)

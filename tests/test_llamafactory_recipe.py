@@ -19,8 +19,9 @@ from fastpo import SequenceStats, preference_loss
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.chat_templates import CHAT_TEMPLATES
 from fastpo.cli import main
-from fastpo.integrations.llamafactory_keys import DATA, FINETUNING, GENERATING, KEYS, MODEL, TRAINING
-from fastpo.recipe import RecipeArguments, build_model, build_peft_config, parse_recipe, read_splits, read_translation
+from fastpo.from_recipe import build_model, build_peft_config, read_splits
+from fastpo.integrations.llamafactory_recipes.keys import DATA, FINETUNING, GENERATING, KEYS, MODEL, TRAINING
+from fastpo.recipe import RecipeArguments, parse_recipe, read_translation
 from fastpo.reporting import read_metrics
 
 # The fields of LLaMA-Factory 0.9.5's arguments with their defaults, read off its source.

@@ -138,19 +138,19 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastpo.chat_templates": (set(), set()),
     "fastpo.freezing": (set(), {"torch"}),
-    "fastpo.integrations.llamafactory_meanings": ({"fastpo.chat_templates", "fastpo.stages"}, set()),
-    "fastpo.integrations.llamafactory_keys": ({"fastpo.integrations.llamafactory_meanings"}, set()),
-    "fastpo.integrations.llamafactory_recipe": (
-        {"fastpo.integrations.llamafactory_keys", "fastpo.integrations.llamafactory_meanings"},
+    "fastpo.integrations.llamafactory_recipes.meanings": ({"fastpo.chat_templates", "fastpo.stages"}, set()),
+    "fastpo.integrations.llamafactory_recipes.keys": ({"fastpo.integrations.llamafactory_recipes.meanings"}, set()),
+    "fastpo.integrations.llamafactory_recipes.translation": (
+        {"fastpo.integrations.llamafactory_recipes.keys", "fastpo.integrations.llamafactory_recipes.meanings"},
         {"torch", "yaml"},
     ),
-    "fastpo.integrations.llamafactory_data": ({"fastpo.data"}, {"datasets", "numpy"}),
+    "fastpo.integrations.llamafactory_recipes.datasets": ({"fastpo.data"}, {"datasets", "numpy"}),
 }
 # name -> the modules that may import it
 ONLY_FROM: dict[str, tuple[str, ...]] = {
     "fastpo.kernels": ("fastpo.kernels", "fastpo.ops", "bench"),
     "fastpo.reference": ("fastpo.ops",),
-    "fastpo.integrations": ("fastpo.integrations", "fastpo.recipe"),
+    "fastpo.integrations": ("fastpo.integrations", "fastpo.from_recipe", "fastpo.recipe"),
     "fastpo.integrations.llamafactory": ("fastpo.integrations.llamafactory",),
     "llamafactory": ("fastpo.integrations.llamafactory",),
     "trl": ("fastpo.integrations", "bench"),

@@ -14,11 +14,12 @@ from tiny import SHAPE
 from fastpo import dry_run, plan, shape_mode
 from fastpo.cli import main
 from fastpo.dry_run import Lengths, longest_batches, planned_config
+from fastpo.from_recipe import build_model, build_peft_config
 from fastpo.kernels import fused
 from fastpo.memory import PeakMeter
 from fastpo.plan import GB, Planner, memory_of, parse_memory, usable
 from fastpo.planted import planted_preferences
-from fastpo.recipe import build_model, build_peft_config, parse_recipe
+from fastpo.recipe import parse_recipe
 from fastpo.reporting import read_metrics
 from fastpo.shape_mode import ShapeMode
 

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, trainin
 
 from fastpo import DiscoHead, load_heads
 from fastpo.architecture import attach_head, heads_of
-from fastpo.integrations.trl_reward import RewardConfig, RewardTrainer
+from fastpo.integrations.trl.reward import RewardConfig, RewardTrainer
 from fastpo.reward_model import install_reward_forward
 
 DISCO: dict[str, Any] = {"add_disco_head": True, "pref_loss_type": "disco"}

@@ -12,7 +12,7 @@ from fastpo.architecture import add_heads, heads_of
 from fastpo.backbone import causal_lm
 from fastpo.callbacks import Meter
 from fastpo.integrations.llamafactory.batches import check_text, preference_batch
-from fastpo.losses import gaussian_prior, reward_model_loss
+from fastpo.stages import rm_stage
 
 
 class StatsRewardTrainer(PairwiseTrainer):
@@ -49,16 +49,11 @@ class StatsRewardTrainer(PairwiseTrainer):
         )
         chosen, rejected = found["mean"].float().chunk(2)
         variances = (None, None) if found.get("variance") is None else found["variance"].chunk(2)
-        output = reward_model_loss(
+        output = rm_stage(
             chosen, rejected, self.objective, chosen_variance=variances[0], rejected_variance=variances[1]
         )
-        loss, metrics = output.loss, dict(output.metrics)
-        if self._head is not None:
-            prior = gaussian_prior(found["mean"], found["variance"]).mean()
-            loss = loss + self.objective.disco_prior_weight * prior
-            metrics["disco/prior"] = prior.detach()
-        self._meters["train" if model.training else "eval"].add(metrics, 1)
-        return (loss, (loss, chosen, rejected)) if return_outputs else loss
+        self._meters["train" if model.training else "eval"].add(output.metrics, 1)
+        return (output.loss, (output.loss, chosen, rejected)) if return_outputs else output.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         split, prefix = ("train", "") if "loss" in logs else ("eval", "eval_")

@@ -2,5 +2,6 @@
 
 from fastpo.integrations.trl.dpo_config import DPOConfig
 from fastpo.integrations.trl.dpo_trainer import DPOTrainer
+from fastpo.integrations.trl.reward import RewardConfig, RewardTrainer
 
-__all__ = ["DPOConfig", "DPOTrainer"]
+__all__ = ["DPOConfig", "DPOTrainer", "RewardConfig", "RewardTrainer"]

@@ -18,7 +18,7 @@ from fastpo.data import NUMBER_COLUMNS, VECTOR_COLUMNS
 from fastpo.integrations.trl.dpo_config import DPOConfig
 from fastpo.integrations.trl.dpo_data import TOKENS, tokenize_as_trl
 from fastpo.integrations.trl.loading import load_model, load_tokenizer
-from fastpo.integrations.trl.metrics import TokenCount, trl_metrics
+from fastpo.integrations.trl.metrics import FURTHER_STATISTICS, TokenCount, trl_metrics
 from fastpo.reference_model import Reference
 from fastpo.trainer import PreferenceTrainer
 from fastpo.types import AnySequenceStats, LossOutput
@@ -45,6 +45,7 @@ class DPOTrainer(PreferenceTrainer):
         TypeError, ValueError: model, data and objective do not fit together, or are not supported; before training.
     """
 
+    further_statistics = FURTHER_STATISTICS
     _tag_names = ("fastpo", "trl", "dpo")
 
     def __init__(

@@ -11,6 +11,9 @@ from fastpo.config import PreferenceConfig
 from fastpo.scores import desensitized
 from fastpo.types import AnySequenceStats, LossOutput
 
+# What `trl_metrics` reads beside log-probs and entropy: fields of `Wanted`.
+FURTHER_STATISTICS = ("top1", "mean_logits")
+
 
 @torch.no_grad()
 def trl_metrics(output: LossOutput, policy: AnySequenceStats, objective: PreferenceConfig) -> dict[str, Tensor]:
@@ -18,7 +21,7 @@ def trl_metrics(output: LossOutput, policy: AnySequenceStats, objective: Prefere
 
     Args:
         output: of the objective, for B pairs.
-        policy: statistics of the 2B rows under the policy, the chosen ones first.
+        policy: statistics of the 2B rows under the policy, the chosen ones first, `FURTHER_STATISTICS` among them.
         objective: what `output` is of.
     """
     chosen, rejected = policy.split()
@@ -34,7 +37,14 @@ def trl_metrics(output: LossOutput, policy: AnySequenceStats, objective: Prefere
         "logps/chosen": desensitized(chosen, objective.ld_alpha).mean(),
         "logps/rejected": desensitized(rejected, objective.ld_alpha).mean(),
         "entropy": (policy.entropy * policy.lengths).sum() / policy.lengths.sum().clamp(min=1),
+        "mean_token_accuracy": _per_token(chosen, "top1"),
+        "logits/chosen": _per_token(chosen, "mean_logits"),
+        "logits/rejected": _per_token(rejected, "mean_logits"),
     }
+
+
+def _per_token(side: AnySequenceStats, name: str) -> Tensor:
+    return getattr(side, name).sum() / side.lengths.sum().clamp(min=1)
 
 
 def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:

@@ -14,8 +14,8 @@ only where it means more than that.
 
 from typing import Any, NamedTuple
 
-from fastpo.integrations import llamafactory_meanings as meanings
-from fastpo.integrations.llamafactory_meanings import Meaning, Settings
+from fastpo.integrations.llamafactory_recipes import meanings
+from fastpo.integrations.llamafactory_recipes.meanings import Meaning, Settings
 
 
 class Key(NamedTuple):

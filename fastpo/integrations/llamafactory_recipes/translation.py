@@ -1,7 +1,7 @@
 """LLaMA-Factory's recipes as they are: recognised, translated into fastpo's keys, and what became of each key, told.
 
 A recipe is LLaMA-Factory's where it has a key that only LLaMA-Factory has: `finetuning_type`, `template`, `cutoff_len`,
-`pref_beta`, ... Then LLaMA-Factory's meanings hold for the keys of `llamafactory_keys`, and its defaults for those that
+`pref_beta`, ... Then LLaMA-Factory's meanings hold for the keys of `KEYS`, and its defaults for those that
 are left out. Any other key is fastpo's or transformers' own and may stand beside them.
 """
 
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from fastpo.integrations.llamafactory_keys import DATA, FINETUNING, KEYS, MODEL, OTHER_DEFAULTS
-from fastpo.integrations.llamafactory_meanings import RefusedError, Settings
+from fastpo.integrations.llamafactory_recipes.keys import DATA, FINETUNING, KEYS, MODEL, OTHER_DEFAULTS
+from fastpo.integrations.llamafactory_recipes.meanings import RefusedError, Settings
 
 _SECRET = ("token", "key", "secret", "url")
 
