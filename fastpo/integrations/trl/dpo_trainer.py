@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from fastpo.adapters import add_reference_adapter, has_reference_adapter
-from fastpo.architecture import heads_of
+from fastpo.architecture import heads_of, without_heads
 from fastpo.arguments import own_columns
 from fastpo.backbone import causal_lm
 from fastpo.data import NUMBER_COLUMNS, VECTOR_COLUMNS
@@ -78,12 +78,13 @@ class DPOTrainer(PreferenceTrainer):
         set_seed(args.seed)  # of the new adapter
         model = load_model(model, args, quantization_config)
         processing_class = load_tokenizer(processing_class, model, args)
-        if hasattr(model, "peft_config") and peft_config is None:
+        if hasattr(model, "disable_adapter") and peft_config is None:
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
             read = Reference(args.preference_config, args.stage).lacking(())
             if ref_model is None and read and not has_reference_adapter(model):
-                add_reference_adapter(model)
+                with without_heads(model):
+                    add_reference_adapter(model)
         self.tokens = TokenCount()
         super().__init__(
             model=model, ref_model=ref_model, args=args,
