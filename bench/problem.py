@@ -32,7 +32,7 @@ class Spec:
     vocab: int
     dtype: str = "float32"
     completion_fraction: float = 1.0
-    main: bool = False  # shown in the README
+    main: bool = False  # shown in docs/benchmarks.md
     contenders: tuple[str, ...] = ()  # only these; all when empty
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Markdown from results, and the README's section from the checked-in ones: ``python -m bench.report [--check]``."""
+"""Markdown from results, and docs/benchmarks.md from the checked-in ones: ``python -m bench.report [--check]``."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from bench.machine import provenance
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 GROUP = ("work", "tokens", "hidden", "vocab", "dtype", "completion_fraction")
 TITLES = {
@@ -31,9 +31,10 @@ def full_report(result: dict[str, Any]) -> str:
     return f"# Benchmark, preset {result['meta']['preset']}\n\n" + "\n".join(_sections(result, every=True))
 
 
-def readme_section(results: Path = RESULTS) -> str | None:
-    """What belongs between the README's markers: the main points of every result; None without results."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+def page_section(results: Path = RESULTS) -> str | None:
+    """What belongs between the page's markers: the main points of every preset's result; None without results."""
+    read = (json.loads(path.read_text()) for path in sorted(results.glob("*.json")))
+    found = [result for result in read if "rows" in result]  # bench.trl_swap has a page of its own
     lines = (line for result in found for line in _main_lines(result))
     return "\n".join(lines).rstrip() if found else None
 
@@ -160,19 +161,19 @@ def _number(value: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="only compare: exit status 1 if the README differs")
+    parser.add_argument("--check", action="store_true", help="only compare: exit status 1 if the page differs")
     arguments = parser.parse_args(argv)
-    section = readme_section()
+    section = page_section()
     if section is None:
         print(f"no results in {RESULTS.relative_to(ROOT)}", file=sys.stderr)
         return 1
-    text = README.read_text()
+    text = PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     new = f"{before}{BEGIN}\n{section}\n{END}{after}"
     if arguments.check:
         return int(new != text)
-    README.write_text(new)
+    PAGE.write_text(new)
     return 0
 
 

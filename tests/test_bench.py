@@ -186,19 +186,19 @@ def test_presets_name_existing_contenders_and_cover_every_work() -> None:
     assert PRESETS["gpu"].budget < 9 * 60
 
 
-def test_readme_is_what_the_results_say() -> None:
-    section = report.readme_section()
+def test_page_is_what_the_results_say() -> None:
+    section = report.page_section()
     if section is None:
         pytest.skip("no results in bench/results")
     assert report.main(["--check"]) == 0
 
 
 def test_report_fills_the_markers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    monkeypatch.setattr(report, "README", readme)
-    monkeypatch.setattr(report, "readme_section", lambda: "new")
+    page = tmp_path / "benchmarks.md"
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    monkeypatch.setattr(report, "PAGE", page)
+    monkeypatch.setattr(report, "page_section", lambda: "new")
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0
-    assert readme.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert page.read_text() == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
     assert report.main(["--check"]) == 0
