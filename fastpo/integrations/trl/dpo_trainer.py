@@ -19,6 +19,7 @@ from fastpo.integrations.trl.dpo_config import DPOConfig
 from fastpo.integrations.trl.dpo_data import TOKENS, tokenize_as_trl
 from fastpo.integrations.trl.loading import load_model, load_tokenizer
 from fastpo.integrations.trl.metrics import FURTHER_STATISTICS, TokenCount, trl_metrics
+from fastpo.loading import disable_dropout
 from fastpo.reference_model import Reference
 from fastpo.trainer import PreferenceTrainer
 from fastpo.types import AnySequenceStats, LossOutput
@@ -92,6 +93,8 @@ class DPOTrainer(PreferenceTrainer):
             train_dataset=train_dataset, eval_dataset=eval_dataset, processing_class=processing_class,
             compute_metrics=compute_metrics, callbacks=callbacks, optimizers=optimizers, peft_config=peft_config,
         )  # fmt: skip
+        if args.disable_dropout:  # as TRL does, also in the new adapter
+            disable_dropout(self.model)
         self.add_callback(self.tokens)
         if args.sync_ref_model:
             self.add_callback(self._sync_callback())
