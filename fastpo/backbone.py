@@ -242,14 +242,17 @@ class _Head(NamedTuple):
         )  # fmt: skip
         return stats if shared is None else _joined(stats)
 
-    def stats_beside(self, reference: "_Head", rows: Rows, shared: Tensor | None) -> tuple[AnySequenceStats, ...]:
-        """Its statistics and the reference's; in one pass where both have the same head."""
+    def stats_beside(
+        self, reference: "_Head", rows: Rows, shared: Tensor | None, extras: tuple[str, ...]
+    ) -> tuple[AnySequenceStats, ...]:
+        """Its statistics, with extras, and the reference's; in one pass where both have the same head."""
         if self.weight is not reference.weight or self.bias is not reference.bias or self.lora is not None:
-            return self.stats(rows, shared), reference.stats(rows, shared)
+            return self.stats(rows, shared, extras), reference.stats(rows, shared)
         ends = rows.ends if shared is None else rows.split_ends(shared)
         found = joint_linear_sequence_stats(
-            self.hidden, reference.hidden, self.weight, rows.labels, self.bias, cu_seqlens=ends, **self.options
-        )
+            self.hidden, reference.hidden, self.weight, rows.labels, self.bias, cu_seqlens=ends, extras=extras,
+            **self.options,
+        )  # fmt: skip
         return tuple(stats if shared is None else _joined(stats) for stats in (found.policy, found.reference))
 
 
@@ -289,7 +292,7 @@ def _side_stats(
             reference = _Head.of(lm, rows.of(hidden))
             found |= _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
             features = ()
-            if wanted.one_side_at_a_time or wanted.extras:  # there is no joint pass for these
+            if wanted.one_side_at_a_time:  # whose policy is run twice
                 found |= _of_reference(reference.stats(rows, shared))
                 reference = None
 
@@ -300,7 +303,7 @@ def _side_stats(
         if reference is None:
             stats = head.stats(rows, shared, wanted.extras)
         else:
-            stats, beside = head.stats_beside(reference, rows, shared)
+            stats, beside = head.stats_beside(reference, rows, shared, wanted.extras)
             own |= _of_reference(beside)
         own |= _named(stats)
         if wanted.variance:

@@ -154,13 +154,7 @@ def linear_sequence_stats(
     ends = sequence_ends(hidden, cu_seqlens)
     stats = _statistics(hidden, None, weight, labels, bias, lora, ends, False, options)
     found = _sequences(stats.seq_logps, stats.seq_entropy, _counts(labels.reshape(-1) != ignore_index, ends))
-    if not extras:
-        return found
-    further = _extras(extras, hidden, weight, labels, bias, lora, stats, options)
-    sums = {name: segment_sum(x, ends) for name, x in further.items() if name != "is_top1"}
-    if "is_top1" in further:
-        sums["top1"] = _counts(further["is_top1"], ends)
-    return cast(SequenceStats, ExtendedSequenceStats(*found, **sums))
+    return _extended(found, ends, _extras(extras, hidden, weight, labels, bias, lora, stats, options))
 
 
 def joint_linear_logps(
@@ -206,12 +200,13 @@ def joint_linear_sequence_stats(
     *,
     cu_seqlens: Tensor | None = None,
     kl: bool = False,
+    extras: Sequence[str] = (),
     **options: Unpack[HeadOptions],
 ) -> JointStats[SequenceStats]:
     """`linear_sequence_stats` of a policy and of its reference in one pass, for models that share one LM head.
 
     Args:
-        hidden, weight, labels, bias, cu_seqlens: as in `linear_sequence_stats`.
+        hidden, weight, labels, bias, cu_seqlens, extras: as in `linear_sequence_stats`; extras of the policy alone.
         ref_hidden, kl, **options: as in `joint_linear_logps`.
 
     Returns:
@@ -221,12 +216,15 @@ def joint_linear_sequence_stats(
         TypeError, ValueError, RuntimeError: as `linear_logps`.
     """
     chosen = _joint_options("joint_linear_sequence_stats", options)
+    check_extras(extras)
     ends = sequence_ends(hidden, cu_seqlens)
     stats = _statistics(hidden, ref_hidden, weight, labels, bias, None, ends, kl, chosen)
     lengths = _counts(labels.reshape(-1) != chosen.ignore_index, ends)
-    policy = _sequences(stats.seq_logps, stats.seq_entropy, lengths)
+    further = _extras(extras, hidden, weight, labels, bias, None, stats, chosen)
     return JointStats(
-        policy, _sequences(stats.ref_seq_logps, stats.ref_seq_entropy, lengths), stats.seq_kl if kl else None
+        _extended(_sequences(stats.seq_logps, stats.seq_entropy, lengths), ends, further),
+        _sequences(stats.ref_seq_logps, stats.ref_seq_entropy, lengths),
+        stats.seq_kl if kl else None,
     )
 
 
@@ -301,6 +299,16 @@ def _sharded(operands: Operands, labels: Tensor, ends: Tensor | None, order: Ten
     return sharded_statistics(operands, labels, ends, plan)
 
 
+def _extended(found: SequenceStats, ends: Tensor, further: dict[str, Tensor]) -> SequenceStats:
+    """With the sums of extras (M,) over each sequence, where there are some."""
+    if not further:
+        return found
+    sums = {name: segment_sum(x, ends) for name, x in further.items() if name != "is_top1"}
+    if "is_top1" in further:
+        sums["top1"] = _counts(further["is_top1"], ends)
+    return cast(SequenceStats, ExtendedSequenceStats(*found, **sums))
+
+
 @torch.no_grad()
 def _extras(
     names: Sequence[str],
@@ -313,6 +321,8 @@ def _extras(
     options: Options,
 ) -> dict[str, Tensor]:
     """Name -> (M,) of each row, 0 or False where it is ignored."""
+    if not names:
+        return {}
     keep, transform = labels.reshape(-1) != options.ignore_index, _transform(options)
     operands = _operands(hidden, None, weight, bias, lora)
     if options.impl == "reference":

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import tiny_model
 from torch import Tensor
 
-from fastpo import linear_logps, linear_sequence_stats, ops
+from fastpo import joint_linear_sequence_stats, linear_logps, linear_sequence_stats, ops
 from fastpo.attention import use_path_attention
 from fastpo.backbone import Wanted, install_stats_forward, model_stats
 from fastpo.collation import PreferenceCollator
@@ -150,6 +150,19 @@ def test_nothing_labelled(impl: str) -> None:
     assert sequences.top1.tolist() == [0, 0] and sequences.mean_logits.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kl", [False, True])
+def test_of_the_policy_beside_its_reference(impl: str, kl: bool) -> None:
+    hidden, weight, bias, labels, _ = problem(Case(seed=9, n=24, d=16, v=150, bias=True))
+    x = place(impl, hidden, weight, labels, bias)
+    options: Any = {"cu_seqlens": torch.tensor([0, 7, 7, 24]), "impl": impl, "extras": EXTRAS}
+    alone: Any = linear_sequence_stats(*x, **options)
+    joint = joint_linear_sequence_stats(x[0], x[0].flip(0).nan_to_num(), *x[1:], kl=kl, **options)
+    for name in ("log_sum_sq_probs", "top1", "mean_logits"):
+        torch.testing.assert_close(getattr(joint.policy, name), getattr(alone, name))
+    assert len(joint.reference) == 3
+
+
 @pytest.mark.parametrize("impl", TILED)
 def test_the_metrics_make_no_second_pass(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
@@ -219,14 +232,17 @@ def test_a_model_answers_inside_of_its_forward(way: str) -> None:
     assert plain.top1 is None and plain.mean_logits is None
 
 
-def test_beside_a_reference_inside_of_the_model() -> None:
-    """Of a policy with an adapter: its own, and the reference's log-probs as without them."""
+def test_beside_a_reference_inside_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a policy with an adapter: its own, and the reference's log-probs as without them, in one pass."""
     torch.manual_seed(0)
     model: Any = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     install_stats_forward(model)
     batch = PreferenceCollator(0)([{"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [4], "index": 0}])
     plain = model_stats(model, batch, Wanted(reference=True))
+    calls, once = [], ops.linear_statistics
+    monkeypatch.setattr(ops, "linear_statistics", lambda *a: (calls.append(a), once(*a))[1])
     found = model_stats(model, batch, Wanted(reference=True, top1=True, mean_logits=True))
+    assert len(calls) == 1
     alone = model_stats(model, batch, Wanted(top1=True, mean_logits=True))
     for name in ("logps", "ref_logps", "ref_entropy"):
         torch.testing.assert_close(found[name], plain[name])
