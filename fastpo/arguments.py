@@ -94,12 +94,21 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
                 "label_smoothing_factor must be 0 here (the objective has label_smoothing), "
                 f"got {self.label_smoothing_factor!r}"
             )
-        self.preference_config = build_objective(self, self.stage)
+        _ = self.preference_config  # which raises where the fields state none
         # The batch has no field of the name `labels`; None would have the Trainer guess from the model's forward.
         self.label_names: list[str] = []
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch warns at every loader
         super().__post_init__()
+
+    @property
+    def preference_config(self) -> PreferenceConfig:
+        """The objective that the fields state now, also where they were set after construction.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        return build_objective(self, self.stage)
 
 
 def read_objective(fields: Any, names: tuple[str, ...] = OBJECTIVE_NAMES) -> PreferenceConfig:

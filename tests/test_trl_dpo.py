@@ -604,6 +604,19 @@ def test_a_changed_copy_states_its_own_objective(tmp_path: Path) -> None:
     assert changed.preference_config.pref_loss_type == {"cauchy": 2.0}
 
 
+def test_fields_that_are_set_later_count_as_in_trl(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.beta, args.loss_type = 0.7, ["hinge"]
+    trainer = ours.DPOTrainer(tiny_model(), args=args, train_dataset=uneven_pairs(), processing_class=tokenizer())
+    assert (trainer.objective.beta, trainer.objective.pref_loss_type) == (0.7, "hinge")
+    reward = ours.RewardConfig(str(tmp_path / "reward"), use_cpu=True, bf16=False)
+    reward.pref_loss_type = "hinge"
+    assert reward.preference_config.pref_loss_type == "hinge"
+    args.loss_type = ["exo_pair"]
+    with pytest.raises(ValueError, match="label_smoothing"):
+        ours.DPOTrainer(tiny_model(), args=args, train_dataset=uneven_pairs(), processing_class=tokenizer())
+
+
 REFUSED: dict[str, tuple[Fields, str]] = {
     "two losses": ({"loss_type": ["hinge"], "pref_loss_type": "hinge"}, "pref_loss_type must be None where loss_type"),
     "weights": ({"loss_weights": [1.0, 2.0]}, "loss_weights must hold one number for each loss_type"),
