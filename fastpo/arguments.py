@@ -83,6 +83,11 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
             raise ValueError(f"precompute_ref_batch_size must be >= 1, got {self.precompute_ref_batch_size!r}")
         if self.pad_to_multiple_of and (self.padding_free or self.prefix_sharing):
             raise ValueError("pad_to_multiple_of must be None where padding_free or prefix_sharing leave no padding")
+        if self.neftune_noise_alpha and (self.padding_free or self.prefix_sharing):
+            raise ValueError(
+                "neftune_noise_alpha scales noise by the length of a row: it must be None where padding_free or "
+                f"prefix_sharing lay several sequences in one, got {self.neftune_noise_alpha!r}"
+            )
         if self.prefix_sharing and self.split_responses:
             raise ValueError("prefix_sharing=True needs both responses at once: split_responses must be False")
         if self.stage != "dpo":

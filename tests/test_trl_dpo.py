@@ -147,6 +147,12 @@ def test_collator_of_trl(tmp_path: Path, plain: Any) -> None:
         assert_same(curve(trainer), plain)
 
 
+def test_noise_on_embeddings_is_that_of_trl(tmp_path: Path) -> None:
+    noise = {"neftune_noise_alpha": 20.0, "max_steps": 1}
+    got, want = (curve(trainer_of(tmp_path, kind, ref_model=tiny_model(seed=1), **noise)) for kind in (ours, trl))
+    assert_same(got, want)
+
+
 def test_the_batch_is_padded_to_the_multiple(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, pad_to_multiple_of=48, max_length=47)
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (8, 48)
@@ -457,6 +463,14 @@ def test_a_new_adapter(tmp_path: Path, checkpointing: bool) -> None:
     assert_same(got, want)  # both seed what the adapter begins with
 
 
+def test_the_reference_of_an_earlier_trainer_is_not_taken_for_the_model_as_it_is(tmp_path: Path, adapter: str) -> None:
+    model = trainer_of(tmp_path, model=adapted(adapter)).model
+    with pytest.raises(ValueError, match="model has an adapter 'ref'"):
+        trainer_of(tmp_path, model=model)
+    model.delete_adapter("ref")
+    assert "ref" in trainer_of(tmp_path, model=model).model.peft_config
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_adapter_that_is_there_is_its_own_reference_as_it_was(
     tmp_path: Path, adapter: str, checkpointing: bool
@@ -635,6 +649,7 @@ REFUSED: dict[str, tuple[Fields, str]] = {
     "moving cache": (
         {"sync_ref_model": True, "precompute_ref_log_probs": True}, "precompute_ref_log_probs must be False",
     ),
+    "noise by length": ({"neftune_noise_alpha": 5.0, "padding_free": True}, "neftune_noise_alpha .* must be None"),
     "multiple without padding": ({"pad_to_multiple_of": 8, "padding_free": True}, "pad_to_multiple_of must be None"),
     "learned ipo": (
         {"loss_type": ["ipo"], "add_beta_head": True, "beta_mode": "dynamic_scaling"}, "cannot be paired with",

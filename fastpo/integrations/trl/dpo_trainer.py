@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import TrainerCallback, set_seed
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from fastpo.adapters import add_reference_adapter, has_reference_adapter
+from fastpo.adapters import REFERENCE_ADAPTER, add_reference_adapter, has_reference_adapter
 from fastpo.architecture import heads_of, without_heads
 from fastpo.arguments import own_columns
 from fastpo.backbone import causal_lm
@@ -82,7 +82,12 @@ class DPOTrainer(PreferenceTrainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
             read = Reference(args.preference_config, args.stage).lacking(())
-            if ref_model is None and read and not has_reference_adapter(model):
+            if ref_model is None and read:
+                if has_reference_adapter(model):
+                    raise ValueError(
+                        f"model has an adapter {REFERENCE_ADAPTER!r}, the reference of another trainer; a reference as "
+                        f"the model is now needs model.delete_adapter({REFERENCE_ADAPTER!r}) first"
+                    )
                 with without_heads(model):
                     add_reference_adapter(model)
         self.tokens = TokenCount()
