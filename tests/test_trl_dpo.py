@@ -178,11 +178,12 @@ def says(text: str) -> dict[str, str]:
 
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+ROWS_OF_TEXT: list[Fields] = [
+    {"prompt": "The sky is", "chosen": " blue, mostly", "rejected": " green"},
+    {"prompt": "Is it? ", "chosen": "yes<|im_end|>", "rejected": "no"},
+]
 ROWS: dict[str, list[Fields]] = {
-    "text": [
-        {"prompt": "The sky is", "chosen": " blue, mostly", "rejected": " green"},
-        {"prompt": "Is it? ", "chosen": "yes<|im_end|>", "rejected": "no"},
-    ],
+    "text": ROWS_OF_TEXT,
     "implicit text": [{"chosen": "The sky is blue", "rejected": "The sky is bleak and grey"}],
     "messages": [
         {"prompt": [USER], "chosen": [says("light")], "rejected": [says("a snail, they say")]},
@@ -190,6 +191,7 @@ ROWS: dict[str, list[Fields]] = {
     ],
     "implicit messages": [{"chosen": [USER, says("light")], "rejected": [USER, says("a snail")]}],
     "tools": [{"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "tools": json.dumps(TOOLS)}],
+    "further columns": [{**row, "conversations": "of another tool", "index": "a"} for row in ROWS_OF_TEXT],
     "template": [
         {"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "chat_template_kwargs": {"thinking": True}}
     ],
@@ -251,6 +253,11 @@ def test_ids_and_sharegpt_rows_are_read_too() -> None:
     assert [row[name] for name in TOKENS] == [[5, 6, 7], [8, 9], [9]]
     with pytest.raises(ValueError, match="max_length=3 leaves no row of rows room"):
         tokenize_as_trl(ids, tokenizer(), max_length=3, source="rows")
+    for index in (7, "a"):
+        numbered = tokenize_as_trl(ids.add_column("index", [index]), tokenizer(), max_length=5, source="rows")[0]
+        assert (numbered["chosen_ids"], numbered["index"]) == ([8, 9], 7 if index == 7 else 0)
+    again = tokenize_as_trl(ids, tokenizer(), max_length=6, source="rows").add_column("ref_chosen_logps", [-1.0])
+    assert tokenize_as_trl(again, tokenizer(), max_length=6, source="rows") is again
     said = {"human": USER["content"], "gpt": "light"}
     turns = [{"from": name, "value": text} for name, text in said.items()]
     sharegpt = {
@@ -269,6 +276,11 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "images": (Dataset.from_list([{**ROWS["text"][0], "images": ["a"]}]), "must hold no images"),
     "columns": (Dataset.from_list([{"text": "a"}]), "must have chosen and rejected"),
     "prompt": (Dataset.from_list([{"prompt": "", "chosen": "a", "rejected": "b"}]), "row 0: 'prompt' must have"),
+    "none": (
+        Dataset.from_list([ROWS["text"][0], {"prompt": "a", "chosen": None, "rejected": "b"}]),
+        "row 1: cannot be",
+    ),
+    "mixed": (Dataset.from_list([{"prompt": "a", "chosen": [says("a")], "rejected": [says("b")]}]), "row 0: cannot be"),
 }
 
 
