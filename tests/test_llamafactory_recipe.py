@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from llamafactory_datasets import write_datasets
 from llamafactory_table import PAGE, page_with_tables
 from safetensors.torch import load_file
@@ -388,6 +389,25 @@ def test_held_out_rows_are_a_number_or_a_fraction(data: Path, tmp_path: Path) ->
     recipe, args = parse(tmp_path, {"dataset": "dpo_en_demo", "dataset_dir": str(data), "val_size": 24})
     with pytest.raises(ValueError, match="eval_rows=24 needs at least 25 rows, got 24"):
         read_splits(recipe, args.seed, "dpo")
+
+
+def test_a_conversation_is_held_out_with_all_its_answers(tmp_path: Path) -> None:
+    """The conversations are those that LLaMA-Factory holds out, which splits before it looks into them."""
+    turns = [
+        [{"from": ("human", "gpt")[i % 2], "value": f"{k} {i}"} for i in range(2 + 2 * (k % 3))] for k in range(20)
+    ]
+    (tmp_path / "turns.json").write_text(json.dumps([{"conversations": turn} for turn in turns]))
+    entry = {"file_name": "turns.json", "formatting": "sharegpt"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"first": entry, "second": entry}))
+    fields = {"stage": "sft", "dataset": "first,second", "dataset_dir": str(tmp_path), "val_size": 0.25}
+    recipe, args = parse(tmp_path, fields)
+    train, held_out = read_splits(recipe, args.seed, "sft")
+    assert held_out is not None
+    split = Dataset.from_dict({"k": [*range(20), *range(20)]}).train_test_split(test_size=0.25, seed=args.seed)
+    for rows, part in ((train, "train"), (held_out, "test")):
+        assert [row["prompt"][0]["content"] for row in rows] == [
+            f"{k} 0" for k in split[part]["k"] for _ in range(1 + k % 3)
+        ]
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
