@@ -89,11 +89,12 @@ def _tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in: str
 def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
     """The model that the recipe names, or a new one from its config class, the same for the same seed; what the recipe
     freezes asks for no gradient."""
-    model = _model(recipe, args, tokenizer)
-    for adapter in _names(recipe.merge_adapters or []):
+    model, adapters = _model(recipe, args, tokenizer), _names(recipe.merge_adapters or [])
+    for adapter in adapters:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.merged_adapters = adapters  # for the model card: a new adapter does not load without them
     freeze(recipe, model)
     return model
 

@@ -1,6 +1,7 @@
 """LLaMA-Factory's recipes: every key, ten recipes, what they train, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 from datasets import Dataset
 from llamafactory_datasets import write_datasets
 from llamafactory_table import PAGE, page_with_tables
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -486,6 +488,18 @@ def test_a_merged_adapter_is_the_base_of_a_new_one(example: Path, tmp_path: Path
     torch.testing.assert_close(found, update, rtol=1e-5, atol=1e-6)
     assert build_peft_config(recipe).use_rslora
     assert main(["train", path, *overrides]) == 0
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    places = {"path/to/the/first/model": "model", "path/to/run": "run", "path/to/this/folder": "second"}
+    for place, name in places.items():
+        code = code.replace(place, str(tmp_path / name))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    ids = torch.tensor([[1, 2, 3]])
+    trained = PeftModel.from_pretrained(merged, tmp_path / "second")
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"](ids).logits, trained(ids).logits)
 
 
 def test_sft_of_conversations(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
