@@ -42,7 +42,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         SaveError: it cannot be written.
     """
     card = Path(trainer.args.output_dir) / CARD_FILE
-    if card.exists() and MARKER not in card.read_text():
+    if card.exists() and MARKER.encode() not in card.read_bytes():
         logger.warning("%s was not written by fastpo: it stays as it is, without a model card of this run", card)
         return
     text = model_card(trainer, model_name, dataset_name, tags)

@@ -443,6 +443,14 @@ def test_the_reference_follows_the_policy(tmp_path: Path) -> None:
     assert not torch.equal(both[0].ref_model.get_input_embeddings().weight, before)
 
 
+def test_a_resumed_run_says_that_its_reference_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fields = {"sync_ref_model": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_of(tmp_path, **fields).train()
+    assert "sync_ref_model" not in caplog.text
+    trainer_of(tmp_path, **fields | {"max_steps": 2}).train(resume_from_checkpoint=True)
+    assert "sync_ref_model: checkpoints do not hold the reference" in caplog.text
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """`DPOTrainer`: TRL's arguments, data, metrics and habits on `PreferenceTrainer`."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fastpo.integrations.trl.metrics import FURTHER_STATISTICS, TokenCount, trl_
 from fastpo.reference_model import Reference
 from fastpo.trainer import PreferenceTrainer
 from fastpo.types import AnySequenceStats, LossOutput
+
+logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -101,6 +104,14 @@ class DPOTrainer(PreferenceTrainer):
         if args.sync_ref_model:
             self.add_callback(self._sync_callback())
         self.model.add_model_tags(list(self._tag_names))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        if self.args.sync_ref_model:
+            logger.warning(
+                "sync_ref_model: checkpoints do not hold the reference, so the run goes on from the ref_model that was "
+                "given, not from where it had moved"
+            )
 
     def _sync_callback(self) -> TrainerCallback:
         if self.ref_model is None:
