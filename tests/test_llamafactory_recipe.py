@@ -159,6 +159,7 @@ def test_all_refused_keys_are_named_at_once(tmp_path: Path) -> None:
         ({"pref_loss": "hinge", "dpo_label_smoothing": 0.1}, "goes with pref_loss: sigmoid"),
         ({"pref_ftx": 1.0, "ld_alpha": 0.5}, "with ld_alpha"),
         ({"mask_history": True}, "goes with stage: sft"),
+        ({"val_size": 0.1, "eval_dataset": "pairs"}, "eval_dataset names the held-out rows already"),
         ({"quantization_bit": 8}, "in 4 bits"),
         ({"template": "qwen9"}, "chat_template must be one of alpaca"),
         ({"adapter_name_or_path": "some"}, "create_new_adapter: true"),
