@@ -386,9 +386,9 @@ def test_held_out_rows_are_a_number_or_a_fraction(data: Path, tmp_path: Path) ->
     recipe, args = parse(tmp_path, {"dataset": "dpo_en_demo", "dataset_dir": str(data), "eval_dataset": "pairs"})
     train, held_out = read_splits(recipe, args.seed, "dpo")
     assert held_out is not None and (len(train), len(held_out)) == (24, 5)
-    both = {"dataset": "dpo_en_demo,pairs", "dataset_dir": str(data), "max_samples": 4}
-    recipe, args = parse(tmp_path, both)
-    assert len(read_splits(recipe, args.seed, "dpo")[0]) == 8
+    for names in ("dpo_en_demo,pairs", ["dpo_en_demo", "pairs"]):
+        recipe, args = parse(tmp_path, {"dataset": names, "dataset_dir": str(data), "max_samples": 4})
+        assert len(read_splits(recipe, args.seed, "dpo")[0]) == 8
     recipe, args = parse(tmp_path, {"dataset": "dpo_en_demo", "dataset_dir": str(data), "val_size": 24})
     with pytest.raises(ValueError, match="eval_rows=24 needs at least 25 rows, got 24"):
         read_splits(recipe, args.seed, "dpo")
