@@ -138,7 +138,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "unknown model type": (["--model_config", '{"model_type": "qwen99"}'], "qwen99"),
     "dictionary that is none": (["--model_config", "[1"], "model_config must be a dictionary in JSON"),
     "vocabulary too small": (["--tokenizer_vocab_size", "100"], "tokenizer_vocab_size must be at least 259, got 100"),
-    "length too small": (["--max_length", "1"], "max_length must be an integer >= 2, got 1"),
+    "length too small": (["--max_length", "1"], "max_length must be an integer >= 2, or None, got 1"),
     "no such checkpoint": (["--resume_from_checkpoint", "nowhere"], "must be a complete checkpoint, got 'nowhere'"),
 }
 
