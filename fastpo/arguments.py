@@ -83,6 +83,11 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
             raise ValueError(f"precompute_ref_batch_size must be >= 1, got {self.precompute_ref_batch_size!r}")
         if self.pad_to_multiple_of and (self.padding_free or self.prefix_sharing):
             raise ValueError("pad_to_multiple_of must be None where padding_free or prefix_sharing leave no padding")
+        if self.neftune_noise_alpha and (self.padding_free or self.prefix_sharing):
+            raise ValueError(
+                "neftune_noise_alpha scales noise by the length of a row: it must be None where padding_free or "
+                f"prefix_sharing lay several sequences in one, got {self.neftune_noise_alpha!r}"
+            )
         if self.prefix_sharing and self.split_responses:
             raise ValueError("prefix_sharing=True needs both responses at once: split_responses must be False")
         if self.stage != "dpo":
@@ -94,12 +99,21 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
                 "label_smoothing_factor must be 0 here (the objective has label_smoothing), "
                 f"got {self.label_smoothing_factor!r}"
             )
-        self.preference_config = build_objective(self, self.stage)
+        _ = self.preference_config  # which raises where the fields state none
         # The batch has no field of the name `labels`; None would have the Trainer guess from the model's forward.
         self.label_names: list[str] = []
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch warns at every loader
         super().__post_init__()
+
+    @property
+    def preference_config(self) -> PreferenceConfig:
+        """The objective that the fields state now, also where they were set after construction.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        return build_objective(self, self.stage)
 
 
 def read_objective(fields: Any, names: tuple[str, ...] = OBJECTIVE_NAMES) -> PreferenceConfig:

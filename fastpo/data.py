@@ -304,6 +304,8 @@ def map_rows(
     Raises:
         ValueError: rows cannot be used and `skip_bad_rows` is off, or no row is left.
     """
+    if len(dataset) == 0:
+        raise ValueError(f"{source} must have at least one row, got none")
     columns = dataset.column_names
     convert, features = row_converter(encode, columns, own_columns)
     # No cache, whose key does not see this module's code.

@@ -12,7 +12,7 @@ from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.chat_templates import set_chat_template
 from fastpo.data import find_form, read_dataset, tokenize_dataset
 from fastpo.freezing import train_only
-from fastpo.integrations.llamafactory_recipes.datasets import read_named_datasets
+from fastpo.integrations.llamafactory_recipes.datasets import CONVERSATION, read_named_datasets
 from fastpo.recipe import RecipeArguments
 from fastpo.tokenizer import train_tokenizer
 
@@ -43,11 +43,23 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
     held_out = recipe.eval_rows or recipe.eval_fraction
     if held_out == 0:
         return train, None
-    if len(train) < 2 or recipe.eval_rows >= len(train):
+    units = _units(train)
+    if len(units) < 2 or recipe.eval_rows >= len(units):
         name = "eval_rows" if recipe.eval_rows else "eval_fraction"
-        raise ValueError(f"{name}={held_out} needs at least {max(2, recipe.eval_rows + 1)} rows, got {len(train)}")
-    parts = train.train_test_split(test_size=held_out, seed=seed)
-    return parts["train"], parts["test"]
+        raise ValueError(f"{name}={held_out} needs at least {max(2, recipe.eval_rows + 1)} rows, got {len(units)}")
+    numbers = Dataset.from_dict({"unit": list(range(len(units)))}).train_test_split(test_size=held_out, seed=seed)
+    kept, held = ([row for unit in numbers[part]["unit"] for row in units[unit]] for part in ("train", "test"))
+    return train.select(kept), train.select(held)
+
+
+def _units(rows: Dataset) -> list[list[int]]:
+    """Positions of the rows that are held out together: those of one conversation, or each by itself."""
+    if CONVERSATION not in rows.column_names:
+        return [[position] for position in range(len(rows))]
+    units: dict[int, list[int]] = {}
+    for position, conversation in enumerate(rows[CONVERSATION]):
+        units.setdefault(conversation, []).append(position)
+    return list(units.values())
 
 
 def _read_rows(recipe: RecipeArguments, name: str, split: str, seed: int, stage: str) -> Dataset:
@@ -77,11 +89,12 @@ def _tokenizer(recipe: RecipeArguments, rows: Dataset, stage: str, saved_in: str
 def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
     """The model that the recipe names, or a new one from its config class, the same for the same seed; what the recipe
     freezes asks for no gradient."""
-    model = _model(recipe, args, tokenizer)
-    for adapter in _names(recipe.merge_adapters or []):
+    model, adapters = _model(recipe, args, tokenizer), _names(recipe.merge_adapters or [])
+    for adapter in adapters:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model.merged_adapters = adapters  # for the model card: a new adapter does not load without them
     freeze(recipe, model)
     return model
 

@@ -42,7 +42,7 @@ def write_model_card(trainer: Any, model_name: str | None, dataset_name: str | N
         SaveError: it cannot be written.
     """
     card = Path(trainer.args.output_dir) / CARD_FILE
-    if card.exists() and MARKER not in card.read_text():
+    if card.exists() and MARKER.encode() not in card.read_bytes():
         logger.warning("%s was not written by fastpo: it stays as it is, without a model card of this run", card)
         return
     text = model_card(trainer, model_name, dataset_name, tags)
@@ -179,16 +179,33 @@ def _results(history: list[dict[str, Any]]) -> Iterator[str]:
 
 def _use(trainer: Any) -> Iterator[str]:
     place = repr(trainer.args.hub_model_id or "path/to/this/folder").replace("'", '"')
-    library, kind = "transformers", "AutoModelForCausalLM"
-    if _adapters(trainer):
+    merged = getattr(causal_lm(trainer.model), "merged_adapters", [])
+    library, kind, loading = "transformers", "AutoModelForCausalLM", []
+    if _adapters(trainer) and merged:
+        library, kind, loading = "peft", "PeftModel", _merging(trainer, merged)
+    elif _adapters(trainer):
         library, kind = "peft", "AutoPeftModelForCausalLM"
     heads = ", ".join(heads_of(trainer.model))
     yield "```python" + "\nimport fastpo" * bool(heads)
-    yield f"from transformers import AutoTokenizer\nfrom {library} import {kind}\n"
-    yield f"model = {kind}.from_pretrained({place})\ntokenizer = AutoTokenizer.from_pretrained({place})"
+    yield f"from transformers import AutoTokenizer\nfrom {library} import {kind}" + "\n" * (not loading)
+    yield from loading
+    yield f"model = {kind}.from_pretrained({'model, ' * bool(loading)}{place})"
+    yield f"tokenizer = AutoTokenizer.from_pretrained({place})"
     if heads:
         yield f"heads = fastpo.load_heads(model, {place})  # {heads}"
     yield "```"
+
+
+def _merging(trainer: Any, adapters: list[str]) -> list[str]:
+    """Code that makes the model on which an adapter was trained: one into which others had been merged."""
+    base = _hub_name(causal_lm(trainer.model).config._name_or_path) or "path/to/the/first/model"
+    names = [_hub_name(name) or f"path/to/{Path(name).name}" for name in adapters]
+    return [
+        "from transformers import AutoModelForCausalLM\n",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        f"for merged in {names}:  # as before training, or this adapter lies on another model",
+        "    model = PeftModel.from_pretrained(model, merged).merge_and_unload()",
+    ]
 
 
 def _versions() -> Iterator[str]:

@@ -366,7 +366,8 @@ def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | N
     lms = [causal_lm(model) for model in models if model is not None]
     if args.padding_free and (reason := use_path_attention(lms, shared=False)):
         raise ValueError(f"padding_free must be False: {reason}")
-    needs_padding = args.split_responses or args.torch_compile or args.pad_to_multiple_of
+    # NEFTune scales its noise by the length of a row.
+    needs_padding = args.split_responses or args.torch_compile or args.pad_to_multiple_of or args.neftune_noise_alpha
     if args.prefix_sharing is None and (needs_padding or args.stage != "dpo"):
         return False
     if args.prefix_sharing is not False and (reason := use_path_attention(lms, shared=True)):

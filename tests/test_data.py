@@ -227,6 +227,8 @@ def test_bad_rows_are_skipped_on_request(load: Callable[..., Dataset], caplog: p
     assert "row 4" in caplog.text and "and 2 more rows" in caplog.text and "row 5" not in caplog.text
     with pytest.raises(ValueError, match="pairs must have at least one usable row, got none"):
         load(bad, bad, skip_bad_rows=True)
+    with pytest.raises(ValueError, match="pairs must have at least one row, got none"):
+        tokenize_dataset(Dataset.from_list([PAIR]).select([]), None, source="pairs")
 
 
 def test_a_thousand_bad_rows_first(load: Callable[..., Dataset]) -> None:

@@ -53,6 +53,7 @@ def test_alpaca_conversations_have_a_row_for_each_answer_or_for_the_last(data: P
     assert rows[1]["completion"] == [message("assistant", "3")]
     assert rows[2]["prompt"] == [message("user", "Greet")] and len(rows) == 3
     assert read(data, "alpaca", "sft", last_answer_only=True) == rows[1:]
+    assert [row["fastpo_conversation"] for row in rows] == [0, 0, 1]
     assert [row["prompt"] for row in read(data, "parts", "sft")] == [[message("user", x)] for x in ("one", "two")]
 
 

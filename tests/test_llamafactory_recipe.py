@@ -1,6 +1,7 @@
 """LLaMA-Factory's recipes: every key, ten recipes, what they train, and what is refused."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from llamafactory_datasets import write_datasets
 from llamafactory_table import PAGE, page_with_tables
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -156,6 +159,7 @@ def test_all_refused_keys_are_named_at_once(tmp_path: Path) -> None:
         ({"pref_loss": "hinge", "dpo_label_smoothing": 0.1}, "goes with pref_loss: sigmoid"),
         ({"pref_ftx": 1.0, "ld_alpha": 0.5}, "with ld_alpha"),
         ({"mask_history": True}, "goes with stage: sft"),
+        ({"val_size": 0.1, "eval_dataset": "pairs"}, "eval_dataset names the held-out rows already"),
         ({"quantization_bit": 8}, "in 4 bits"),
         ({"template": "qwen9"}, "chat_template must be one of alpaca"),
         ({"adapter_name_or_path": "some"}, "create_new_adapter: true"),
@@ -382,12 +386,31 @@ def test_held_out_rows_are_a_number_or_a_fraction(data: Path, tmp_path: Path) ->
     recipe, args = parse(tmp_path, {"dataset": "dpo_en_demo", "dataset_dir": str(data), "eval_dataset": "pairs"})
     train, held_out = read_splits(recipe, args.seed, "dpo")
     assert held_out is not None and (len(train), len(held_out)) == (24, 5)
-    both = {"dataset": "dpo_en_demo,pairs", "dataset_dir": str(data), "max_samples": 4}
-    recipe, args = parse(tmp_path, both)
-    assert len(read_splits(recipe, args.seed, "dpo")[0]) == 8
+    for names in ("dpo_en_demo,pairs", ["dpo_en_demo", "pairs"]):
+        recipe, args = parse(tmp_path, {"dataset": names, "dataset_dir": str(data), "max_samples": 4})
+        assert len(read_splits(recipe, args.seed, "dpo")[0]) == 8
     recipe, args = parse(tmp_path, {"dataset": "dpo_en_demo", "dataset_dir": str(data), "val_size": 24})
     with pytest.raises(ValueError, match="eval_rows=24 needs at least 25 rows, got 24"):
         read_splits(recipe, args.seed, "dpo")
+
+
+def test_a_conversation_is_held_out_with_all_its_answers(tmp_path: Path) -> None:
+    """The conversations are those that LLaMA-Factory holds out, which splits before it looks into them."""
+    turns = [
+        [{"from": ("human", "gpt")[i % 2], "value": f"{k} {i}"} for i in range(2 + 2 * (k % 3))] for k in range(20)
+    ]
+    (tmp_path / "turns.json").write_text(json.dumps([{"conversations": turn} for turn in turns]))
+    entry = {"file_name": "turns.json", "formatting": "sharegpt"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"first": entry, "second": entry}))
+    fields = {"stage": "sft", "dataset": "first,second", "dataset_dir": str(tmp_path), "val_size": 0.25}
+    recipe, args = parse(tmp_path, fields)
+    train, held_out = read_splits(recipe, args.seed, "sft")
+    assert held_out is not None
+    split = Dataset.from_dict({"k": [*range(20), *range(20)]}).train_test_split(test_size=0.25, seed=args.seed)
+    for rows, part in ((train, "train"), (held_out, "test")):
+        assert [row["prompt"][0]["content"] for row in rows] == [
+            f"{k} 0" for k in split[part]["k"] for _ in range(1 + k % 3)
+        ]
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
@@ -466,6 +489,18 @@ def test_a_merged_adapter_is_the_base_of_a_new_one(example: Path, tmp_path: Path
     torch.testing.assert_close(found, update, rtol=1e-5, atol=1e-6)
     assert build_peft_config(recipe).use_rslora
     assert main(["train", path, *overrides]) == 0
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    places = {"path/to/the/first/model": "model", "path/to/run": "run", "path/to/this/folder": "second"}
+    for place, name in places.items():
+        code = code.replace(place, str(tmp_path / name))
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    ids = torch.tensor([[1, 2, 3]])
+    trained = PeftModel.from_pretrained(merged, tmp_path / "second")
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"](ids).logits, trained(ids).logits)
 
 
 def test_sft_of_conversations(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

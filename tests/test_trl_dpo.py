@@ -147,6 +147,12 @@ def test_collator_of_trl(tmp_path: Path, plain: Any) -> None:
         assert_same(curve(trainer), plain)
 
 
+def test_noise_on_embeddings_is_that_of_trl(tmp_path: Path) -> None:
+    noise = {"neftune_noise_alpha": 20.0, "max_steps": 1}
+    got, want = (curve(trainer_of(tmp_path, kind, ref_model=tiny_model(seed=1), **noise)) for kind in (ours, trl))
+    assert_same(got, want)
+
+
 def test_the_batch_is_padded_to_the_multiple(tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, pad_to_multiple_of=48, max_length=47)
     assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape == (8, 48)
@@ -172,11 +178,12 @@ def says(text: str) -> dict[str, str]:
 
 
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+ROWS_OF_TEXT: list[Fields] = [
+    {"prompt": "The sky is", "chosen": " blue, mostly", "rejected": " green"},
+    {"prompt": "Is it? ", "chosen": "yes<|im_end|>", "rejected": "no"},
+]
 ROWS: dict[str, list[Fields]] = {
-    "text": [
-        {"prompt": "The sky is", "chosen": " blue, mostly", "rejected": " green"},
-        {"prompt": "Is it? ", "chosen": "yes<|im_end|>", "rejected": "no"},
-    ],
+    "text": ROWS_OF_TEXT,
     "implicit text": [{"chosen": "The sky is blue", "rejected": "The sky is bleak and grey"}],
     "messages": [
         {"prompt": [USER], "chosen": [says("light")], "rejected": [says("a snail, they say")]},
@@ -184,6 +191,7 @@ ROWS: dict[str, list[Fields]] = {
     ],
     "implicit messages": [{"chosen": [USER, says("light")], "rejected": [USER, says("a snail")]}],
     "tools": [{"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "tools": json.dumps(TOOLS)}],
+    "further columns": [{**row, "conversations": "of another tool", "index": "a"} for row in ROWS_OF_TEXT],
     "template": [
         {"prompt": [USER], "chosen": [says("a")], "rejected": [says("b")], "chat_template_kwargs": {"thinking": True}}
     ],
@@ -245,6 +253,11 @@ def test_ids_and_sharegpt_rows_are_read_too() -> None:
     assert [row[name] for name in TOKENS] == [[5, 6, 7], [8, 9], [9]]
     with pytest.raises(ValueError, match="max_length=3 leaves no row of rows room"):
         tokenize_as_trl(ids, tokenizer(), max_length=3, source="rows")
+    for index in (7, "a"):
+        numbered = tokenize_as_trl(ids.add_column("index", [index]), tokenizer(), max_length=5, source="rows")[0]
+        assert (numbered["chosen_ids"], numbered["index"]) == ([8, 9], 7 if index == 7 else 0)
+    again = tokenize_as_trl(ids, tokenizer(), max_length=6, source="rows").add_column("ref_chosen_logps", [-1.0])
+    assert tokenize_as_trl(again, tokenizer(), max_length=6, source="rows") is again
     said = {"human": USER["content"], "gpt": "light"}
     turns = [{"from": name, "value": text} for name, text in said.items()]
     sharegpt = {
@@ -263,6 +276,11 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "images": (Dataset.from_list([{**ROWS["text"][0], "images": ["a"]}]), "must hold no images"),
     "columns": (Dataset.from_list([{"text": "a"}]), "must have chosen and rejected"),
     "prompt": (Dataset.from_list([{"prompt": "", "chosen": "a", "rejected": "b"}]), "row 0: 'prompt' must have"),
+    "none": (
+        Dataset.from_list([ROWS["text"][0], {"prompt": "a", "chosen": None, "rejected": "b"}]),
+        "row 1: cannot be",
+    ),
+    "mixed": (Dataset.from_list([{"prompt": "a", "chosen": [says("a")], "rejected": [says("b")]}]), "row 0: cannot be"),
 }
 
 
@@ -425,6 +443,14 @@ def test_the_reference_follows_the_policy(tmp_path: Path) -> None:
     assert not torch.equal(both[0].ref_model.get_input_embeddings().weight, before)
 
 
+def test_a_resumed_run_says_that_its_reference_starts_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fields = {"sync_ref_model": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_of(tmp_path, **fields).train()
+    assert "sync_ref_model" not in caplog.text
+    trainer_of(tmp_path, **fields | {"max_steps": 2}).train(resume_from_checkpoint=True)
+    assert "sync_ref_model: checkpoints do not hold the reference" in caplog.text
+
+
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +481,14 @@ def test_a_new_adapter(tmp_path: Path, checkpointing: bool) -> None:
     got, want = (curve(trainer_of(tmp_path, kind, **fields)) for kind in (ours, trl))
     assert got[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and got[-1]["loss"] < 0.69
     assert_same(got, want)  # both seed what the adapter begins with
+
+
+def test_the_reference_of_an_earlier_trainer_is_not_taken_for_the_model_as_it_is(tmp_path: Path, adapter: str) -> None:
+    model = trainer_of(tmp_path, model=adapted(adapter)).model
+    with pytest.raises(ValueError, match="model has an adapter 'ref'"):
+        trainer_of(tmp_path, model=model)
+    model.delete_adapter("ref")
+    assert "ref" in trainer_of(tmp_path, model=model).model.peft_config
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -604,6 +638,19 @@ def test_a_changed_copy_states_its_own_objective(tmp_path: Path) -> None:
     assert changed.preference_config.pref_loss_type == {"cauchy": 2.0}
 
 
+def test_fields_that_are_set_later_count_as_in_trl(tmp_path: Path) -> None:
+    args = config(tmp_path)
+    args.beta, args.loss_type = 0.7, ["hinge"]
+    trainer = ours.DPOTrainer(tiny_model(), args=args, train_dataset=uneven_pairs(), processing_class=tokenizer())
+    assert (trainer.objective.beta, trainer.objective.pref_loss_type) == (0.7, "hinge")
+    reward = ours.RewardConfig(str(tmp_path / "reward"), use_cpu=True, bf16=False)
+    reward.pref_loss_type = "hinge"
+    assert reward.preference_config.pref_loss_type == "hinge"
+    args.loss_type = ["exo_pair"]
+    with pytest.raises(ValueError, match="label_smoothing"):
+        ours.DPOTrainer(tiny_model(), args=args, train_dataset=uneven_pairs(), processing_class=tokenizer())
+
+
 REFUSED: dict[str, tuple[Fields, str]] = {
     "two losses": ({"loss_type": ["hinge"], "pref_loss_type": "hinge"}, "pref_loss_type must be None where loss_type"),
     "weights": ({"loss_weights": [1.0, 2.0]}, "loss_weights must hold one number for each loss_type"),
@@ -622,6 +669,7 @@ REFUSED: dict[str, tuple[Fields, str]] = {
     "moving cache": (
         {"sync_ref_model": True, "precompute_ref_log_probs": True}, "precompute_ref_log_probs must be False",
     ),
+    "noise by length": ({"neftune_noise_alpha": 5.0, "padding_free": True}, "neftune_noise_alpha .* must be None"),
     "multiple without padding": ({"pad_to_multiple_of": 8, "padding_free": True}, "pad_to_multiple_of must be None"),
     "learned ipo": (
         {"loss_type": ["ipo"], "add_beta_head": True, "beta_mode": "dynamic_scaling"}, "cannot be paired with",

@@ -17,6 +17,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets, load_datase
 from fastpo.data import FILE_LOADERS, PROBLEM, BadRowError, Messages, read_dataset
 
 INFO = "dataset_info.json"
+CONVERSATION = "fastpo_conversation"  # column: the rows of one conversation have the same number
 ONLINE = "ONLINE"  # in place of a folder: names are datasets of the hub, in alpaca's form
 SOURCES = ("file_name", "hf_hub_url")
 OPTIONS = ("formatting", "ranking", "split", "subset", "folder", "num_samples", "columns", "tags")
@@ -103,6 +104,8 @@ def read_named_datasets(
 ) -> Dataset:
     """Rows of the datasets, one after the other: columns prompt, chosen, rejected, or prompt, completion for sft.
 
+    In stage sft `CONVERSATION` numbers the conversations.
+
     Args:
         names: separated by commas.
         dataset_info: as in `read_entries`.
@@ -114,7 +117,7 @@ def read_named_datasets(
     Raises:
         ValueError: as `read_entries`; a dataset cannot be read, or is none for this stage.
     """
-    parts, random = [], np.random.RandomState(seed)
+    parts, random, first = [], np.random.RandomState(seed), 0
     for entry in read_entries(dataset_info, [name.strip() for name in names.split(",")]):
         if entry.ranking != (stage != "sft"):
             wanted = "conversations (no ranking)" if stage == "sft" else "preferences (ranking: true)"
@@ -130,7 +133,8 @@ def read_named_datasets(
                 f"dataset {entry.name!r} must have the columns {', '.join(_needed(entry))}, "
                 f"got {', '.join(rows.column_names)}"
             )
-        parts.append(_as_messages(rows.select(numbers), numbers, entry, last_answer_only))
+        parts.append(_as_messages(rows.select(numbers), numbers, entry, last_answer_only, first))
+        first += len(numbers)
     return concatenate_datasets(parts)
 
 
@@ -164,11 +168,16 @@ def _needed(entry: Entry) -> list[str]:
     return [column for key, column in named.items() if column is not None and key not in optional]
 
 
-def _as_messages(rows: Dataset, numbers: np.ndarray, entry: Entry, last_answer_only: bool) -> Dataset:
-    """Rows in messages; `numbers` are theirs in the dataset, by which one that cannot be used is named."""
+def _as_messages(rows: Dataset, numbers: np.ndarray, entry: Entry, last_answer_only: bool, first: int) -> Dataset:
+    """Rows in messages; `numbers` are theirs in the dataset, by which one that cannot be used is named.
+
+    `first` is the number of the first conversation.
+    """
     message = [{"role": Value("string"), "content": Value("string")}]
     sides = ("chosen", "rejected") if entry.ranking else ("completion",)
     features = Features({"prompt": message, **dict.fromkeys(sides, message), PROBLEM: Value("string")})
+    if not entry.ranking:
+        features[CONVERSATION] = Value("int64")
 
     def convert(batch: dict[str, list[Any]], positions: list[int]) -> dict[str, list[Any]]:
         made: dict[str, list[Any]] = {name: [] for name in features}
@@ -179,8 +188,9 @@ def _as_messages(rows: Dataset, numbers: np.ndarray, entry: Entry, last_answer_o
             except BadRowError as error:
                 found = [{PROBLEM: f"{entry.name} row {numbers[position]}: {error}"}]
             for one in found:
+                plain = {CONVERSATION: first + position, PROBLEM: ""}
                 for name, column in made.items():
-                    column.append(one.get(name, "" if name == PROBLEM else []))
+                    column.append(one.get(name, plain.get(name, [])))
         return made
 
     return rows.map(

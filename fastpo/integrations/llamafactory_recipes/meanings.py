@@ -122,6 +122,8 @@ def mask_history(value: Any, values: Mapping[str, Any]) -> Settings | str:
 
 
 def val_size(value: Any, values: Mapping[str, Any]) -> Settings:
+    if float(value) and values["eval_dataset"] is not None:
+        raise RefusedError("eval_dataset names the held-out rows already")
     return {"eval_rows": int(value)} if float(value) > 1 else {"eval_fraction": float(value)}
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from fastpo.integrations.llamafactory_recipes.keys import DATA, FINETUNING, KEYS, MODEL, OTHER_DEFAULTS
-from fastpo.integrations.llamafactory_recipes.meanings import RefusedError, Settings
+from fastpo.integrations.llamafactory_recipes.meanings import RefusedError, Settings, joined
 
 _SECRET = ("token", "key", "secret", "url")
 
@@ -120,7 +120,7 @@ def _become(name: str, value: Any, values: Mapping[str, Any]) -> Settings | str:
             return "off"
         raise RefusedError(key.why)
     if key.translate is None:
-        return {key.ours or name: value}
+        return {key.ours or name: joined(value)}
     try:
         return key.translate(value, values)
     except RefusedError:

@@ -6,7 +6,7 @@ from typing import Any
 import trl
 
 from fastpo.arguments import PreferenceTrainingArguments
-from fastpo.config import option
+from fastpo.config import PreferenceConfig, option
 from fastpo.links import LINKS
 
 # TRL's losses that have another name here.
@@ -34,11 +34,16 @@ class DPOConfig(trl.DPOConfig, PreferenceTrainingArguments):  # type: ignore[mis
         if isinstance(self.pad_to_multiple_of, str):  # as TRL's default and the command line have it
             text = self.pad_to_multiple_of.lower()
             self.pad_to_multiple_of = None if text in ("auto", "none", "null") else int(text)
+        self._objective()  # whose errors say more than TRL's
+        super().__post_init__()
+
+    @property
+    def preference_config(self) -> PreferenceConfig:
         given, self.pref_loss_type = self.pref_loss_type, self._objective()
         try:
-            super().__post_init__()
+            return super().preference_config
         finally:
-            self.pref_loss_type = given  # so that dataclasses.replace can change loss_type
+            self.pref_loss_type = given  # so that loss_type can be changed, in a copy too
 
     def _objective(self) -> str | dict[str, float] | None:
         """`pref_loss_type` as `loss_type` and `loss_weights` state it, unless it is given itself."""

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from trl import extract_prompt, is_conversational
 
@@ -39,7 +40,7 @@ def tokenize_as_trl(
     if not isinstance(dataset, Dataset | IterableDataset):
         raise TypeError(f"{source} must be a datasets.Dataset or IterableDataset, got {type(dataset).__name__}")
     columns = list(dataset.column_names or next(iter(dataset)))
-    if {*TOKENS, "index"} <= set(columns):
+    if {*TOKENS, "index"} <= set(columns) and _is_tokenized(dataset, max_length):
         return dataset
     if {"image", "images"} & set(columns):
         raise ValueError(f"{source} must hold no images: language models alone are trained here")
@@ -47,7 +48,7 @@ def tokenize_as_trl(
         raise ValueError(f"{source} must have chosen and rejected, and mostly prompt; got {', '.join(columns)}")
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        tokens = {name: row[name] for name in TOKENS} if TOKENS[0] in row else token_ids(row, tokenizer)
+        tokens = {name: row[name] for name in TOKENS} if TOKENS[0] in row else _token_ids(row, tokenizer)
         if not tokens["prompt_ids"]:
             raise BadRowError("'prompt' must have at least one token in common with prompt + completion, got none")
         room = None if max_length is None else max(max_length - len(tokens["prompt_ids"]), 0)
@@ -71,6 +72,22 @@ def tokenize_as_trl(
             "left out %d of %d rows of %s: their prompts fill max_length", len(rows) - len(kept), len(rows), source
         )
     return kept
+
+
+def _is_tokenized(dataset: Dataset | IterableDataset, max_length: int | None) -> bool:
+    """Whether rows of token ids are numbered and cut off already; a stream that has all columns is taken to be."""
+    if isinstance(dataset, IterableDataset):
+        return True
+    if dataset.features["index"].dtype != "int64":
+        return False
+    if max_length is None:
+        return True
+    ids = dataset.select_columns(list(TOKENS)).with_format("arrow")
+    for table in ids.iter(1000):
+        prompt, *completions = (pc.list_value_length(table[name]).to_numpy() for name in TOKENS)
+        if max(int((prompt + completion).max()) for completion in completions) > max_length:
+            return False
+    return True
 
 
 def token_ids(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
@@ -103,11 +120,22 @@ def token_ids(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
     return dict(zip(TOKENS, (prompt[:shared], *(tokens[shared:] for tokens in whole)), strict=True))
 
 
+def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> dict[str, list[int]]:
+    try:
+        return token_ids(row, tokenizer)
+    except BadRowError:
+        raise
+    except Exception as error:  # whatever the chat template, the tokenizer or TRL says of what it cannot read
+        raise BadRowError(f"cannot be tokenised: {error}") from error
+
+
 def _explicit(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row with prompt, chosen and rejected."""
+    if "prompt" in row:
+        return dict(row)
     if "conversations" in row:
         return {**row, **from_sharegpt(row)._asdict()}
-    return dict(row) if "prompt" in row else {**row, **extract_prompt(dict(row))}
+    return {**row, **extract_prompt(dict(row))}
 
 
 def _stream(

@@ -1,5 +1,6 @@
 """`DPOTrainer`: TRL's arguments, data, metrics and habits on `PreferenceTrainer`."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, set_seed
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from fastpo.adapters import add_reference_adapter, has_reference_adapter
+from fastpo.adapters import REFERENCE_ADAPTER, add_reference_adapter, has_reference_adapter
 from fastpo.architecture import heads_of, without_heads
 from fastpo.arguments import own_columns
 from fastpo.backbone import causal_lm
@@ -23,6 +24,8 @@ from fastpo.loading import disable_dropout
 from fastpo.reference_model import Reference
 from fastpo.trainer import PreferenceTrainer
 from fastpo.types import AnySequenceStats, LossOutput
+
+logger = logging.getLogger(__name__)
 
 
 class DPOTrainer(PreferenceTrainer):
@@ -83,7 +86,12 @@ class DPOTrainer(PreferenceTrainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
             read = Reference(args.preference_config, args.stage).lacking(())
-            if ref_model is None and read and not has_reference_adapter(model):
+            if ref_model is None and read:
+                if has_reference_adapter(model):
+                    raise ValueError(
+                        f"model has an adapter {REFERENCE_ADAPTER!r}, the reference of another trainer; a reference as "
+                        f"the model is now needs model.delete_adapter({REFERENCE_ADAPTER!r}) first"
+                    )
                 with without_heads(model):
                     add_reference_adapter(model)
         self.tokens = TokenCount()
@@ -99,6 +107,14 @@ class DPOTrainer(PreferenceTrainer):
         if args.sync_ref_model:
             self.add_callback(self._sync_callback())
         self.model.add_model_tags(list(self._tag_names))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        if self.args.sync_ref_model:
+            logger.warning(
+                "sync_ref_model: checkpoints do not hold the reference, so the run goes on from the ref_model that was "
+                "given, not from where it had moved"
+            )
 
     def _sync_callback(self) -> TrainerCallback:
         if self.ref_model is None:

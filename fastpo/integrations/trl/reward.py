@@ -11,6 +11,7 @@ from fastpo.architecture import add_reward_head, check_optimizer, without_heads
 from fastpo.arguments import objective_fields, read_objective
 from fastpo.backbone import causal_lm
 from fastpo.checkpoints import LoadsHeads
+from fastpo.config import PreferenceConfig
 from fastpo.loss_inputs import check_reward_config
 from fastpo.reward_model import answers_by_head, check_reward_model, install_reward_forward
 from fastpo.stages import rm_stage
@@ -36,9 +37,19 @@ class RewardConfig(_RewardFields, trl.RewardConfig):  # type: ignore[misc, valid
     """
 
     def __post_init__(self) -> None:
-        self.preference_config = read_objective(self, REWARD_FIELDS)
-        check_reward_config(self.preference_config)
+        _ = self.preference_config  # which raises where the fields state none
         super().__post_init__()
+
+    @property
+    def preference_config(self) -> PreferenceConfig:
+        """The objective that the fields state now, also where they were set after construction.
+
+        Raises:
+            TypeError, ValueError: as the class.
+        """
+        objective = read_objective(self, REWARD_FIELDS)
+        check_reward_config(objective)
+        return objective
 
 
 class RewardTrainer(LoadsHeads, trl.RewardTrainer):
