@@ -8,16 +8,9 @@ from llamafactory.hparams import FinetuningArguments
 
 from fastpo.arguments import OBJECTIVE_NAMES, ObjectiveFields, build_objective
 from fastpo.config import PreferenceConfig, option
+from fastpo.integrations.llamafactory_recipes.meanings import LOSSES
 from fastpo.loss_inputs import check_reward_config
 
-# What LLaMA-Factory's names of losses mean; its ipo, orpo and simpo are of log-probs per token.
-LOSSES: dict[str, dict[str, Any]] = {
-    "sigmoid": {"pref_loss_type": "sigmoid"},
-    "hinge": {"pref_loss_type": "hinge"},
-    "ipo": {"pref_loss_type": "ipo", "length_normalization": True},
-    "orpo": {"pref_loss_type": "orpo"},
-    "simpo": {"pref_loss_type": "sigmoid", "length_normalization": True, "reference_free": True},
-}
 # fastpo's name -> LLaMA-Factory's for the same number
 TWINS = {"beta": "pref_beta", "label_smoothing": "dpo_label_smoothing", "sft_weight": "pref_ftx"}
 STAGES = ("rm", "dpo")

@@ -13,6 +13,15 @@ from fastpo.stages import STAGES
 Settings = dict[str, Any]
 Meaning = Callable[[Any, Mapping[str, Any]], Settings | str]
 
+# What `pref_loss` means; LLaMA-Factory's ipo, orpo and simpo are of log-probs per token.
+LOSSES: dict[str, Settings] = {
+    "sigmoid": {"pref_loss_type": "sigmoid"},
+    "hinge": {"pref_loss_type": "hinge"},
+    "ipo": {"pref_loss_type": "ipo", "length_normalization": True},
+    "orpo": {"pref_loss_type": "orpo"},
+    "simpo": {"pref_loss_type": "sigmoid", "length_normalization": True, "reference_free": True},
+}
+
 
 class RefusedError(ValueError):
     """A value that cannot be had here; the message says why."""
@@ -78,18 +87,11 @@ def adapters(value: Any, values: Mapping[str, Any]) -> Settings:
 
 
 def pref_loss(value: Any, values: Mapping[str, Any]) -> Settings | str:
-    losses: dict[Any, Settings] = {
-        "sigmoid": {"pref_loss_type": "sigmoid"},
-        "hinge": {"pref_loss_type": "hinge"},
-        "ipo": {"pref_loss_type": "ipo", "length_normalization": True},
-        "orpo": {"pref_loss_type": "orpo"},
-        "simpo": {"pref_loss_type": "sigmoid", "length_normalization": True, "reference_free": True},
-    }
     if value == "kto_pair":
         raise RefusedError("LLaMA-Factory 0.9.5 names it and its trl no longer has it; bco_pair is the nearest here")
-    if value not in losses:
-        raise RefusedError(f"the losses are {', '.join(losses)}; further ones are named by pref_loss_type")
-    return losses[value] if values["stage"] == "dpo" else "read in stage dpo alone"
+    if value not in LOSSES:
+        raise RefusedError(f"the losses are {', '.join(LOSSES)}; further ones are named by pref_loss_type")
+    return LOSSES[value] if values["stage"] == "dpo" else "read in stage dpo alone"
 
 
 def simpo_gamma(value: Any, values: Mapping[str, Any]) -> Settings | str:
