@@ -195,7 +195,7 @@ def test_contenders_take_turns_and_what_they_leave_is_gathered(tmp_path: Path, m
     assert "| fastpo, LoRA, cached | 0.45 met / 0.40 missed |" in text
     assert "| TRL, LoRA, precomputed | exit status 1: no |" in text
     assert "Not run here: fastpo, LoRA (it is not there)." in text
-    section = report.readme_section(tmp_path)
+    section = report.page_section(tmp_path)
     assert section is not None and section in text
 
 
