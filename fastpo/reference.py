@@ -25,7 +25,7 @@ def linear_logps_reference(
         lora: projected (N, r) and lora_B (V, r), or None.
         logit_scale, softcap, temperature: as in `fastpo.linear_logps`.
     """
-    log_probs = _log_probs(hidden, weight, bias, lora, logit_scale, softcap, temperature)
+    log_probs = _logits(hidden, weight, bias, lora, logit_scale, softcap, temperature).log_softmax(-1)
     logps = log_probs.gather(-1, labels[:, None])[:, 0]
     # 0 log 0 = 0; the inner where keeps the gradient of the branch not taken finite.
     possible = log_probs != -torch.inf
@@ -44,10 +44,10 @@ def linear_kl_reference(
     temperature: float,
 ) -> Tensor:
     """KL(policy || reference) over the vocabulary (N,), in nats, from full logits; arguments as above."""
-    log_p = _log_probs(hidden, weight, bias, None, logit_scale, softcap, temperature)
-    log_q = _log_probs(
+    log_p = _logits(hidden, weight, bias, None, logit_scale, softcap, temperature).log_softmax(-1)
+    log_q = _logits(
         ref_hidden, weight.detach(), None if bias is None else bias.detach(), None, logit_scale, softcap, temperature
-    )
+    ).log_softmax(-1)
     possible = log_p != -torch.inf
     ratio = torch.where(possible, log_p - torch.where(possible, log_q, 0), 0)
     return (torch.where(possible, log_p, -torch.inf).exp() * ratio).sum(-1)
@@ -94,16 +94,3 @@ def _logits(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits / temperature
-
-
-def _log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora: tuple[Tensor, Tensor] | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-) -> Tensor:
-    """(N, V) log-softmax of the logits."""
-    return torch.log_softmax(_logits(hidden, weight, bias, lora, logit_scale, softcap, temperature), dim=-1)
