@@ -78,8 +78,9 @@ class TrainsObjective(LoadsHeads):
         confidence = None
         if "score_chosen" in inputs and "score_rejected" in inputs:
             confidence = label_confidence(inputs["score_chosen"], inputs["score_rejected"])
+        policy_stats = policy.sequence_stats()
         found = dpo_stage(
-            policy.sequence_stats(), None if stats is None else self.as_read(stats), objective,
+            policy_stats, None if stats is None else self.as_read(stats), objective,
             vocab_size=self.vocab_size, beta=self.base_beta(), log_s=policy.log_s, variance=policy.variance,
             context_scale=inputs.get("context_scale"), pair_weight=inputs.get("pair_weight"),
             prompt_entropy=prompt.get("entropy"), confidence=confidence,
@@ -88,7 +89,7 @@ class TrainsObjective(LoadsHeads):
             # What evaluation sees is not remembered.
             state=self.running_means if model.training else dict(self.running_means),
         )  # fmt: skip
-        return found._replace(metrics=found.metrics | self.further_metrics(found, policy.sequence_stats(), inputs))
+        return found._replace(metrics=found.metrics | self.further_metrics(found, policy_stats, inputs))
 
     def further_metrics(
         self, output: LossOutput, policy: AnySequenceStats, inputs: dict[str, Any]
