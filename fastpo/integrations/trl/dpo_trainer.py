@@ -83,8 +83,6 @@ class DPOTrainer(PreferenceTrainer):
         model = load_model(model, args, quantization_config)
         processing_class = load_tokenizer(processing_class, model, args)
         if hasattr(model, "disable_adapter") and peft_config is None:
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
             read = Reference(args.preference_config, args.stage).lacking(())
             if ref_model is None and read:
                 if has_reference_adapter(model):
