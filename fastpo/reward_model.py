@@ -77,11 +77,14 @@ def check_reward_model(model: Any) -> None:
         )
 
 
+def last_attended(attention_mask: Tensor) -> Tensor:
+    """(R,) position of the last token of each row (R, T) that is attended to, on whichever side the padding is."""
+    return (attention_mask * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(dim=1)
+
+
 def _gaussian_reward(lm: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> GaussianReward:
     others = {name: value for name, value in kwargs.items() if value is not None and name not in _OF_THE_LOSS}
     hidden = lm.base_model(input_ids=input_ids, attention_mask=attention_mask, **others)[0]
-    attended = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    # The last token that is attended to, on whichever side the padding is.
-    last = (attended * torch.arange(attended.shape[1], device=attended.device)).argmax(dim=1)
+    last = last_attended(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
     mean, variance = lm.disco_head(hidden[torch.arange(len(hidden), device=hidden.device), last])
     return GaussianReward(logits=mean[:, None], variance=variance)

@@ -12,6 +12,7 @@ from fastpo.architecture import add_heads, heads_of
 from fastpo.backbone import causal_lm
 from fastpo.callbacks import Meter
 from fastpo.integrations.llamafactory.batches import check_text, preference_batch
+from fastpo.reward_model import last_attended
 from fastpo.stages import rm_stage
 
 
@@ -82,8 +83,8 @@ def _forward(self: Any, *args: Any, completion_mask: Tensor | None = None, **kwa
         return self._plain_forward(*args, **kwargs)
     lm = causal_lm(self.pretrained_model)
     hidden = lm.base_model(**kwargs, use_cache=False)[0]
-    last = kwargs["attention_mask"].sum(dim=1, keepdim=True) - 1
+    rows, last = torch.arange(len(hidden), device=hidden.device), last_attended(kwargs["attention_mask"])
     if not self._disco:
-        return ModelOutput(mean=self.v_head(hidden).squeeze(-1).gather(1, last)[:, 0])
-    mean, variance = lm.disco_head(hidden[torch.arange(len(hidden), device=hidden.device), last[:, 0]])
+        return ModelOutput(mean=self.v_head(hidden).squeeze(-1)[rows, last])
+    mean, variance = lm.disco_head(hidden[rows, last])
     return ModelOutput(mean=mean, variance=variance)
