@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from fastpo.arguments import PreferenceTrainingArguments
     from fastpo.backbone import install_stats_forward, model_stats
     from fastpo.collation import PreferenceCollator
-    from fastpo.data import read_dataset, tokenize_dataset
+    from fastpo.data import read_dataset
+    from fastpo.tokenization import tokenize_dataset
     from fastpo.trainer import PreferenceTrainer
 
 # These need transformers and datasets, which the loss import alone does without.
@@ -37,7 +38,7 @@ _TRAINER_SIDE = {
     "load_heads": "fastpo.architecture",
     "model_stats": "fastpo.backbone",
     "read_dataset": "fastpo.data",
-    "tokenize_dataset": "fastpo.data",
+    "tokenize_dataset": "fastpo.tokenization",
 }
 
 __all__ = [

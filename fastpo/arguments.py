@@ -46,7 +46,7 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
         TypeError, ValueError: as `PreferenceConfig`, or an unknown stage.
     """
 
-    stage: str = option("dpo", "What is trained: sft (chosen responses) or dpo (preferences).")
+    stage: str = option("dpo", "What is trained: sft (chosen responses), rm (a reward model), dpo (preferences), ppo.")
     max_length: int | None = option(1024, "Longest prompt + completion, in tokens; none: no limit.")
     disable_dropout: bool = option(True, "Set the model's dropout to 0, so that policy and reference compare.")
     skip_bad_rows: bool = option(False, "Leave unusable rows out, naming them, instead of stopping.")

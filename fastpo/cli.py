@@ -1,12 +1,20 @@
-"""The `fastpo` command: train, eval, plan, explain, methods, demo."""
+"""The `fastpo` command: train, eval, sample, score, rso, rerank, plan, explain, methods, demo."""
 
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 
 INPUT_ERRORS = (ValueError, TypeError, OSError)
+# Commands from files to a file. Each is a module with `Arguments`, a dataclass, and `run`, which returns what to print.
+FILE_COMMANDS = {
+    "sample": ("fastpo.sample", "draw several responses of each prompt; goes on where it was stopped"),
+    "score": ("fastpo.score", "add a reward model's rewards, and of Gaussian ones the deviations, to responses"),
+    "rso": ("fastpo.rso", "choose among scored responses by statistical rejection sampling, and form pairs"),
+    "rerank": ("fastpo.rerank", "of scored responses give the best, or draw one, under pi_ref exp(reward / beta)"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: bad usage (2), SIGTERM (143).
     """
     parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation without logits in memory.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,eval,plan,explain,methods,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
         ("train", "train what a recipe says; any of its keys can be overridden: --key value"),
         ("eval", "evaluate the model that a recipe left in its output_dir"),
@@ -24,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_argument("recipe", help="YAML file")
+    for name, (_, text) in FILE_COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=False)
     text = "predict a recipe's peak memory, what would make it fit, and the most that fits; reads no weights, no data"
     planned = commands.add_parser("plan", help=text, description=text, allow_abbrev=False)
     planned.add_argument("recipe", help="YAML file")
@@ -47,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _methods()
     if arguments.command == "plan":
         return _plan(arguments, overrides)
+    if arguments.command in FILE_COMMANDS:
+        return _reporting_bad_input(lambda: _from_file_to_file(arguments.command, overrides))
     return {"train": _train, "eval": _eval, "explain": _explain}[arguments.command](arguments.recipe, overrides)
 
 
@@ -111,6 +123,13 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(plan(a.recipe, overrides, a.memory, a.gpu, on_cpu=a.cpu, from_data=a.from_data))
 
     return _reporting_bad_input(print_plan)
+
+
+def _from_file_to_file(command: str, argv: list[str]) -> None:
+    from fastpo.yaml_arguments import parse_arguments
+
+    module = importlib.import_module(FILE_COMMANDS[command][0])
+    print(module.run(parse_arguments(module.Arguments, argv)))
 
 
 def _tell_translation(path: str, overrides: list[str], training: bool = False) -> None:

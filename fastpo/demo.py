@@ -12,7 +12,6 @@ from transformers.utils import logging as transformers_logging
 
 from fastpo.backbone import install_stats_forward, sequence_stats
 from fastpo.collation import PreferenceCollator
-from fastpo.data import tokenize_dataset
 from fastpo.memory import head_memory
 from fastpo.planted import planted_preferences
 from fastpo.recipe import parse_recipe
@@ -20,6 +19,7 @@ from fastpo.reporting import final_table
 from fastpo.run import prepare_training, run_training
 from fastpo.scores import per_length
 from fastpo.tiny import TINY_QWEN3, VOCAB_SIZE
+from fastpo.tokenization import tokenize_dataset
 
 TRAIN_ROWS, HELD_OUT_ROWS = 512, 128
 MAX_LENGTH = 128

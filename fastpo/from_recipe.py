@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.chat_templates import set_chat_template
-from fastpo.data import find_form, read_dataset, tokenize_dataset
+from fastpo.data import find_form, read_dataset
 from fastpo.freezing import train_only
 from fastpo.integrations.llamafactory_recipes.datasets import CONVERSATION, read_named_datasets
 from fastpo.recipe import RecipeArguments
+from fastpo.tokenization import tokenize_dataset
 from fastpo.tokenizer import train_tokenizer
 
 

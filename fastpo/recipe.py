@@ -2,14 +2,9 @@
 
 import argparse
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
-
-import yaml
-from transformers import HfArgumentParser
+from typing import Any, NamedTuple
 
 from fastpo.arguments import (
     OBJECTIVE_NAMES,
@@ -29,6 +24,7 @@ from fastpo.integrations.llamafactory_recipes.translation import (
 )
 from fastpo.methods import METHODS
 from fastpo.stages import STAGES
+from fastpo.yaml_arguments import Parser, check_known, nearest, read_yaml
 
 
 @dataclass
@@ -118,11 +114,6 @@ class RecipeArguments:
             raise ValueError("freeze_trainable_layers must be unset with use_peft, which freezes the whole model")
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def parse_recipe(
     path: str, overrides: list[str], defaults: dict[str, Any] | None = None
 ) -> tuple[RecipeArguments, PreferenceTrainingArguments]:
@@ -135,7 +126,7 @@ def parse_recipe(
         ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
     """
     read = _read_recipe(path, overrides)
-    parser = _Parser((RecipeArguments, PreferenceTrainingArguments), allow_abbrev=False)
+    parser = Parser((RecipeArguments, PreferenceTrainingArguments), allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
     _set_defaults(parser, read)
     return parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
@@ -148,7 +139,7 @@ def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, 
         ValueError, TypeError: as `parse_recipe`.
     """
     read = _read_recipe(path, overrides)
-    parser = _Parser(ObjectiveFields, allow_abbrev=False)
+    parser = Parser(ObjectiveFields, allow_abbrev=False)
     parser.add_argument("--stage", default="dpo", choices=STAGES)
     of_objective = (*OBJECTIVE_NAMES, "stage")
     recipe, defaults = ({k: v for k, v in keys.items() if k in of_objective} for keys in (read.recipe, read.defaults))
@@ -190,16 +181,13 @@ def _read_recipe(path: str, overrides: list[str]) -> _Read:
     own = {
         f.name: f.default for kind in (RecipeArguments, PreferenceTrainingArguments) for f in dataclasses.fields(kind)
     }
-    recipe, translation = _read_yaml(path), None
+    recipe, translation = read_yaml(path), None
     foreign = is_llamafactory(recipe, own)
     known = {*own, *KEYS} if foreign else {*own}
     for key in recipe:
         if key not in known:
-            raise ValueError(f"{path}: unknown key {key!r}{_nearest(str(key), {*own, *KEYS})}")
-    for flag in overrides:
-        name = flag.split("=")[0].removeprefix("--").replace("-", "_")
-        if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
-            raise ValueError(f"unknown option {flag.split('=')[0]!r}{_nearest(name, known)}")
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), {*own, *KEYS})}")
+    check_known(overrides, known)
     if foreign:
         said, overrides = split_overrides(overrides)
         translation = translate(recipe | said, own)
@@ -216,20 +204,3 @@ def _set_defaults(parser: argparse.ArgumentParser, read: _Read) -> None:
     for keys in (read.defaults, METHODS[read.preset].settings if read.preset else {}, read.recipe):
         # argparse converts a default only if it is a string: exactly YAML's 1e-5, which it reads as one.
         parser.set_defaults(**{k: json.dumps(v) if isinstance(v, dict) else v for k, v in keys.items()})
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise ValueError(f"recipe must be an existing YAML file, got {path!r}")
-    try:
-        recipe = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} must hold keys and values, got {type(recipe).__name__}")
-    return recipe
-
-
-def _nearest(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""

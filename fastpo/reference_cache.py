@@ -44,7 +44,7 @@ def with_reference_columns(
     """`rows` with the columns that `compute` answers, from the shards in `folder`, of which missing ones are made.
 
     Args:
-        rows: tokenised, see `fastpo.data.tokenize_dataset`.
+        rows: tokenised, see `fastpo.tokenization.tokenize_dataset`.
         compute: batch of rows -> name -> (rows,) or (rows, D).
         folder: of this cache alone; see `cache_key`.
         batch_size: rows that go to `compute` at once.

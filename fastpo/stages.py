@@ -13,7 +13,7 @@ from fastpo.schedules import RunningMeans
 from fastpo.scores import per_length
 from fastpo.types import AnySequenceStats, LossOutput, StepTotals
 
-STAGES = ("sft", "dpo")
+STAGES = ("sft", "rm", "dpo", "ppo")
 # Stages in which a head has something to do.
 HEAD_STAGES = {"beta_head": ("dpo", "ppo"), "disco_head": ("rm", "dpo")}
 RUNAWAY = 10.0  # where an s(x) without a bound is no longer sane

@@ -1,6 +1,5 @@
 """`PreferenceTrainer`: transformers' Trainer with the loss computed from statistics, never from logits."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,25 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter, without_reference_adapter
+from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter
 from fastpo.architecture import add_heads, check_optimizer, without_heads
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.attention import use_path_attention
 from fastpo.backbone import causal_lm, head_shape, install_stats_forward, model_stats
-from fastpo.callbacks import EarlierLoss, Memory, Meter, RunawayBeta
-from fastpo.checkpoints import AtomicTrainer
+from fastpo.callbacks import RunawayBeta
 from fastpo.collation import PreferenceCollator
-from fastpo.data import tokenize_dataset
 from fastpo.layout import completion_tokens
-from fastpo.loading import (
-    copied_reference,
-    disable_dropout,
-    keep_statistics_exact,
-    load_models,
-    prepare_reference,
-)
+from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
 from fastpo.loss_inputs import check_reads_column
-from fastpo.model_card import write_model_card
-from fastpo.nonfinite import StepGuard, check_loss
-from fastpo.objective_trainer import TrainsObjective
 from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.reference_model import Reference
+from fastpo.stage_trainer import StageTrainer, check_vocabulary, use_one_gpu
 from fastpo.stages import sft_stage
-from fastpo.trackers import show_beta_histograms
+from fastpo.tokenization import tokenize_dataset
 from fastpo.types import LossOutput, StepTotals
 
-logger = logging.getLogger(__name__)
 
-
-class PreferenceTrainer(TrainsObjective, AtomicTrainer):
+class PreferenceTrainer(StageTrainer):
     """Train a causal LM on preferences (stage ``dpo``) or on their chosen responses (stage ``sft``).
 
     Args:
@@ -62,11 +49,6 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
         ValueError: model, data and objective do not fit together; before any training.
     """
 
-    train_dataset: Any
-    eval_dataset: Any
-    dataset_name: str | None = None  # for model cards: a dataset of the hub, or a file
-    _tag_names: tuple[str, ...] = ()
-
     def __init__(
         self,
         model: Any,
@@ -84,11 +66,9 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
         args = PreferenceTrainingArguments() if args is None else args
         if not isinstance(args, PreferenceTrainingArguments):
             raise TypeError(f"args must be PreferenceTrainingArguments, got {type(args).__name__}")
-        if args.n_gpu > 1:
-            logger.warning(
-                "One process drives one GPU here: using the first of %d. See `accelerate launch`.", args.n_gpu
-            )
-            args._n_gpu = 1
+        if args.stage not in ("sft", "dpo"):
+            raise ValueError(f"args.stage must be sft or dpo for a PreferenceTrainer, got {args.stage!r}")
+        use_one_gpu(args)
         source = model if isinstance(model, str) else getattr(causal_lm(model).config, "_name_or_path", None)
         model, ref_model, processing_class = load_models(model, ref_model, processing_class, full=peft_config is None)
         if args.disable_dropout:
@@ -104,7 +84,7 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
         check_optimizer(optimizers[0], model)
 
         self.vocab_size, _ = head_shape(causal_lm(model))
-        _check_vocabulary(processing_class, causal_lm(model).config.get_text_config().vocab_size)
+        check_vocabulary(processing_class, causal_lm(model).config.get_text_config().vocab_size)
         data_collator = _collator(data_collator, args, processing_class, model, ref_model)
         with args.main_process_first(desc="tokenizing"):
             train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
@@ -122,18 +102,12 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
                 ref_model = copied_reference(model)
         self.reference.model = ref_model if reads_reference else None
         check_adapter(model, is_reference=reads_reference and ref_model is None and has_adapter, always=live)
-        self._meters = {"train": Meter(), "eval": Meter()}
         super().__init__(
             model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
-        if args.skip_nonfinite_steps and self.is_deepspeed_enabled:
-            raise ValueError("skip_nonfinite_steps must be False with DeepSpeed, which steps by itself, got True")
-        self._guard = StepGuard(self, args.skip_nonfinite_steps)
-        for callback in (EarlierLoss(self), Memory(), RunawayBeta(self), self._guard):
-            self.add_callback(callback)
-        keep_statistics_exact(self.accelerator)
+        self.add_callback(RunawayBeta(self))
         # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
@@ -194,14 +168,7 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
     ) -> Any:
         """The stage's loss of a batch; with `return_outputs` also {"rewards": (B, 2)}."""
         output = self.loss_output(model, inputs, num_items_in_batch)
-        # With DeepSpeed the backward pass makes the step: too late for the guard.
-        if model.training and not self.is_deepspeed_enabled:
-            loss = self._guard.watch(output, inputs["index"])
-        else:
-            if model.training or not self.args.skip_nonfinite_steps:
-                check_loss(output, inputs["index"], self.state.global_step)
-            loss = output.loss
-        self._meters["train" if model.training else "eval"].add(output.metrics, len(inputs["index"]))
+        loss = self.watched_loss(model, output, inputs["index"])
         if not return_outputs:
             return loss
         return loss, {"rewards": torch.stack((output.chosen_rewards, output.rejected_rewards), dim=1)}
@@ -266,14 +233,6 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
             self.eval_dataset = self.precompute_reference(self.eval_dataset)
         self.reference.let_go, self.reference.model = self.ref_model is not None, None
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm, in which every process sees a step gone wrong; None of a step that was skipped."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if self.is_deepspeed_enabled:
-            return norm
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP2
-        return norm if self._guard.passes(model, norm) else None
-
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
         """What the whole optimiser step averages over; see `StepTotals`."""
         if not batch_samples:
@@ -310,40 +269,6 @@ class PreferenceTrainer(TrainsObjective, AtomicTrainer):
             return loss.detach(), None, None
         return loss.detach(), outputs["rewards"], torch.zeros_like(inputs["index"])
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        self._meters["eval"] = Meter()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        found = self._meters["eval"].collect(self.accelerator)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
-        return output
-
-    def forget_metrics(self, batches: int) -> None:
-        """Leave the last so many training batches out of the logged means."""
-        self._meters["train"].forget(batches)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self._meters["train"].collect(self.accelerator))
-            self._meters["train"] = Meter()
-            if self.args.skip_nonfinite_steps:
-                logs["skipped_steps"] = self._guard.skipped_steps
-        show_beta_histograms(self.callback_handler.callbacks, self.base_beta())
-        super().log(logs, start_time)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write output_dir/README.md, as `push_to_hub` does; see `fastpo.model_card`. Arguments as in TRL."""
-        if self.is_world_process_zero():
-            given = [tags] if isinstance(tags, str) else tags or []
-            write_model_card(self, model_name, dataset_name or self.dataset_name, [*self._tag_names, *given])
-
-    # --- checkpoints ------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with without_reference_adapter(self.model):
-            super()._save(output_dir, state_dict)
-
 
 def _collator(own: Callable | None, args: PreferenceTrainingArguments, tokenizer: Any, *models: Any) -> Callable:
     """`own`, or a `PreferenceCollator` as the arguments want it.
@@ -375,10 +300,3 @@ def _prefix_sharing(args: PreferenceTrainingArguments, *models: Any) -> bool | N
             raise ValueError(f"prefix_sharing must be False: {reason}")
         return False
     return args.prefix_sharing
-
-
-def _check_vocabulary(tokenizer: Any, embeddings: int) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("processing_class must have an eos_token, got None")
-    if len(tokenizer) > embeddings:
-        raise ValueError(f"processing_class has {len(tokenizer)} tokens, more than the model's {embeddings} embeddings")

@@ -11,8 +11,8 @@ from datasets import Dataset
 from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import TrainerCallback
 
-from fastpo.data import tokenize_dataset
 from fastpo.preemption import SaveOnSigterm
+from fastpo.tokenization import tokenize_dataset
 from fastpo.trainer import PreferenceTrainer
 
 BAD = 11  # a row of the second process: batches go to the processes in turns

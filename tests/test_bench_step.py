@@ -35,7 +35,7 @@ TINY = STEP_PRESETS["step-quick"].shape
 
 
 def test_data_has_the_lengths_asked_for_and_text_becomes_the_same_tokens() -> None:
-    from fastpo.data import tokenize_dataset
+    from fastpo.tokenization import tokenize_dataset
 
     pairs = make_pairs(TINY)
     rows = tokenize_dataset(

@@ -131,7 +131,7 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "reference_mix out of range": (["--reference_mix", "1.5"], "reference_mix must be in [0, 1], got 1.5"),
     "label smoothing out of range": (["--label_smoothing", "0.9"], "label_smoothing must be in [0, 0.5], got 0.9"),
     "unwritable output": (["--output_dir", "/dev/null/run"], "output_dir must be a writable folder"),
-    "unknown stage": (["--stage", "ppo2"], "stage must be one of sft, dpo, got 'ppo2'"),
+    "unknown stage": (["--stage", "ppo2"], "stage must be one of sft, rm, dpo, ppo, got 'ppo2'"),
     "smoothing of the other kind": (["--label_smoothing_factor", "0.1"], "label_smoothing_factor must be 0 here"),
     "unknown preset": (["--preset=kto"], "preset must be one of dpo, ln_dpo"),
     "unknown model": (["--model_name_or_path", "/nowhere"], "either model_name_or_path or model_config, got both"),

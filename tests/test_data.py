@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fastpo import data
 from fastpo.collation import PreferenceCollator
-from fastpo.data import Pair, read_dataset, tokenize_dataset, tokenize_pair
+from fastpo.data import Pair, read_dataset
+from fastpo.tokenization import tokenize_dataset, tokenize_pair
 
 DEMO = Path(__file__).resolve().parents[2] / "shared" / "data"
 END = "<|im_end|>"

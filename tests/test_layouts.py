@@ -17,8 +17,8 @@ from fastpo import PreferenceTrainer
 from fastpo.attention import CHECKED, SDPA_PATHS, use_path_attention
 from fastpo.backbone import install_stats_forward, model_stats
 from fastpo.collation import PreferenceCollator
-from fastpo.data import tokenize_dataset
 from fastpo.layout import positions
+from fastpo.tokenization import tokenize_dataset
 
 WAYS: dict[str, dict[str, Any]] = {
     "packed": {"padding_free": True, "prefix_sharing": False},

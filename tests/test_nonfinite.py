@@ -12,8 +12,8 @@ from datasets import Dataset
 from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import TrainerCallback
 
-from fastpo.data import tokenize_dataset
 from fastpo.reporting import MetricsFile, read_metrics
+from fastpo.tokenization import tokenize_dataset
 from fastpo.trainer import PreferenceTrainer
 
 SKIP: dict[str, Any] = {"skip_nonfinite_steps": True, "train_sampling_strategy": "sequential", "num_train_epochs": 1}

@@ -16,9 +16,9 @@ from fastpo import PreferenceTrainer
 from fastpo.adapters import as_reference
 from fastpo.backbone import causal_lm, install_stats_forward, model_stats, sequence_stats
 from fastpo.collation import PreferenceCollator
-from fastpo.data import tokenize_dataset
 from fastpo.kernels import chunked
 from fastpo.reporting import MetricsFile, read_metrics
+from fastpo.tokenization import tokenize_dataset
 
 # TRL's names, and ours beside them.
 TRAINING_KEYS = {

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from trl import extract_prompt, is_conversational
 
-from fastpo.data import BadRowError, Encode, from_sharegpt, map_rows, row_converter
+from fastpo.data import BadRowError, from_sharegpt
+from fastpo.tokenization import Encode, map_rows, row_converter
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,68 @@
+"""A YAML file and command-line overrides become a validated dataclass."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Arguments = TypeVar("Arguments")
+
+
+class Parser(HfArgumentParser):
+    """Whatever is wrong is a ValueError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:
+    """A dataclass from ``[FILE.yaml] --key value ...``; the command line wins over the file.
+
+    Raises:
+        ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
+    """
+    path, overrides = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (None, argv)
+    said = {} if path is None else read_yaml(path)
+    known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in said:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+    check_known(overrides, known)
+    parser = Parser(kind, allow_abbrev=False)
+    parser.set_defaults(**said)
+    (parsed,) = parser.parse_args_into_dataclasses(overrides, look_for_args_file=False)
+    return parsed
+
+
+def check_known(overrides: list[str], known: set[str]) -> None:
+    """Raise ValueError for an option ``--name`` that is none of the known names."""
+    for flag in overrides:
+        name = flag.split("=")[0].removeprefix("--").replace("-", "_")
+        if flag.startswith("--") and name.removeprefix("no_") not in known and name not in known:
+            raise ValueError(f"unknown option {flag.split('=')[0]!r}{nearest(name, known)}")
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    """Keys and values of a recipe file.
+
+    Raises:
+        ValueError: no such file, or it holds something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"recipe must be an existing YAML file, got {path!r}")
+    try:
+        recipe = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} must hold keys and values, got {type(recipe).__name__}")
+    return recipe
+
+
+def nearest(name: str, known: set[str]) -> str:
+    """What an unknown name may have meant, for a message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
