@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 LLAMAFACTORY := .venv-llamafactory/bin
 
-.PHONY: demo test check lint types tests test-llamafactory bench clean
+.PHONY: demo pipeline test check lint types tests test-llamafactory bench clean
 
 demo: .venv/installed
 	$(BIN)/fastpo demo
+
+pipeline: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" examples/pipeline/run.sh
 
 test: .venv/installed
 	$(MAKE) check
