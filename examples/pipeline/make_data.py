@@ -7,7 +7,7 @@ from pathlib import Path
 from fastpo.planted_rewards import graded_preferences, graded_responses
 
 folder = Path(sys.argv[1])
-sizes = {"responses": 4096, "preferences": 1024, "held_out": 256, "prompts": 256, "held_out_prompts": 128}
+sizes = {"responses": 4096, "preferences": 2048, "held_out": 256, "prompts": 256, "held_out_prompts": 128}
 scale = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0  # less of everything, for a quick look
 
 rows = {name: max(8, round(scale * size)) for name, size in sizes.items()}

@@ -46,7 +46,7 @@ bars.set(ylabel="true reward, held-out prompts", title="mean, and two standard e
 for name in ("ppo", "ppo_disco"):
     rows = [row for row in read_jsonl(folder / name / "metrics.jsonl") if "reward" in row]
     course.plot([row["kl"] for row in rows], [row["reward"] for row in rows], marker=".", label=name)
-course.set(xlabel="KL to the reference, nats a response", ylabel="reward of the rollouts", title="reward against KL")
+course.set(xlabel="KL to the reference, nats a token", ylabel="reward of the rollouts", title="reward against KL")
 course.legend()
 for axes in (bars, course):
     axes.grid(alpha=0.3)
