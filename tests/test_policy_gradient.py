@@ -161,6 +161,20 @@ def test_value_loss_and_whitened(case: Drawn, epsilon: float | None) -> None:
     assert not found[case.mask == 0].any() and found.isfinite().all()
 
 
+def test_what_is_a_constant_gets_no_gradient() -> None:
+    """Rewards, advantages and returns; old log-probs and values: gradients reach logps, values and log s alone."""
+    x = {name: torch.rand(4, 3, requires_grad=True) for name in ("logps", "old", "kl", "advantages", "returns")}
+    r, mask = torch.rand(4, requires_grad=True), torch.ones(4, 3)
+    rewards = token_rewards(r, x["kl"], r, mask)
+    assert not rewards.requires_grad
+    for kind in ("rloo", "grpo"):
+        assert not group_advantages(x["kl"], mask, 2, kind).requires_grad
+    losses = clipped_loss(x["logps"], x["old"], x["advantages"], mask, 0.2)[0].sum()
+    losses = losses + value_loss(x["logps"], x["old"], x["returns"], mask, 0.2).sum()
+    losses.backward()
+    assert {name for name, value in x.items() if value.grad is not None} == {"logps"}
+
+
 def test_risk_adjusted() -> None:
     mean, variance = torch.tensor([1.0, 2.0]), torch.tensor([4.0, 0.25])
     assert risk_adjusted(mean, variance, 0.5).tolist() == [0.0, 1.75]

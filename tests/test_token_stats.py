@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from fastpo import PreferenceConfig, backbone
-from fastpo.adapters import add_reference_adapter
+from fastpo.adapters import add_reference_adapter, check_adapter
 from fastpo.architecture import add_heads, add_value_head, heads_of, load_heads
 from fastpo.backbone import StatsOutput, Wanted, install_stats_forward, model_stats
 from fastpo.heads import ValueHead
@@ -314,6 +314,17 @@ def test_stages_without_a_value_head_neither_make_nor_read_nor_train_one(tmp_pat
     assert wants == {"disco_head": True, "value_head": False}
     add_value_head(model, None)
     assert next(model.value_head.parameters()).requires_grad
+
+
+def test_a_value_head_is_no_part_of_the_reference(caplog: pytest.LogCaptureFixture) -> None:
+    model = lora_model(["q_proj"])
+    add_value_head(model, None)
+    check_adapter(model, is_reference=True, always=True)
+    assert not caplog.records
+    batch = padded_batch()
+    before = model_stats(model, batch, Wanted(tokens=True, reference=True)).ref_token_logps
+    torch.nn.init.normal_(model.value_head.linear.weight)
+    assert torch.equal(model_stats(model, batch, Wanted(tokens=True, reference=True)).ref_token_logps, before)
 
 
 def test_a_value_head_that_does_not_fit() -> None:
