@@ -319,13 +319,22 @@ def test_micro_batches_give_the_gradient_of_the_whole_step() -> None:
     torch.testing.assert_close(torch.cat([part.losses for part in parts]), once.losses, **EXACT)
 
 
+def test_completions_left_out_of_the_loss_count_in_the_dual_loss() -> None:
+    given = ragged_step()
+    some = {**given, "mask": given["mask"] * torch.tensor([1, 0, 1, 1, 0, 1])[:, None]}
+    log_s, found = given["log_s"].requires_grad_(), []
+    for arguments in (given, some):
+        found.append(torch.autograd.grad(ppo_stage(**arguments, **STEP).loss, log_s)[0])
+    assert torch.equal(*found) and found[0].all()
+
+
 def test_what_the_stage_reports() -> None:
     given = ragged_step(1)
     output, kept = ppo_stage(**given, **STEP), given["mask"].bool()
     inputs = [given[name] for name in ("logps", "old_logps", "advantages", "mask")]
     policy, share = clipped_loss(*inputs, 0.2)
     values = value_loss(given["values"], given["old_values"], given["returns"], given["mask"], 0.2)
-    dual = dual_beta_loss(given["log_s"], 0.1, torch.where(kept, given["kl"], 0).sum(1), 0.5)
+    dual = dual_beta_loss(given["log_s"], 0.1, given["kl"].sum(1), 0.5)
     metrics = output.metrics
     want = {
         "policy_loss": policy[kept].mean(), "value_loss": values[kept].mean(), "dual_loss": dual.mean(),
