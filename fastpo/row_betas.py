@@ -1,0 +1,73 @@
+"""What the commands that tilt pi_ref by exp(r / beta) share: their arguments, and the beta of each prompt of a file."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastpo.config import option
+from fastpo.data import BadRowError
+from fastpo.prompt_beta import PromptScaler
+from fastpo.rejection_sampling import check_beta
+from fastpo.scored import Scored, read_scored
+
+
+@dataclass
+class TiltArguments:
+    """A scored file, and the beta of its prompts."""
+
+    dataset: str | None = option(None, "The JSONL file of responses and rewards that fastpo score wrote.")
+    output_file: str | None = option(None, "The JSONL file to write.")
+    beta: float = option(0.5, "Of pi_ref exp(reward / beta), in units of reward; a row's own beta wins.")
+    beta_head: str | None = option(None, "A folder with a saved Beta head: beta is times its s(x).")
+    ref_model_name_or_path: str | None = option(None, "The reference whose features of the prompt the Beta head reads.")
+    max_length: int | None = option(1024, "Of a prompt that the Beta head reads, in tokens; it keeps its last ones.")
+    batch_size: int = option(16, "Prompts that the reference reads at once.")
+    seed: int = option(0, "Of what is drawn; each prompt's draws depend on it and on the prompt's index alone.")
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "output_file"):
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} must be a file, got none")
+        check_beta(self.beta)
+        if (self.beta_head is None) != (self.ref_model_name_or_path is None):
+            given = "beta_head" if self.beta_head is not None else "ref_model_name_or_path"
+            raise ValueError(f"beta_head and ref_model_name_or_path must be given together, got {given} alone")
+        for name in ("max_length", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value!r}")
+
+
+def rows_with_beta(arguments: TiltArguments) -> Iterator[tuple[Scored, float]]:
+    """Rows of the dataset and the beta_eff(x) of each: its column beta, or `beta` times s(x), or `beta`.
+
+    Raises:
+        ValueError: as `read_scored`; a row's beta is no number > 0, or its prompt cannot be tokenised.
+    """
+    scaler = None
+    if arguments.beta_head is not None and arguments.ref_model_name_or_path is not None:
+        scaler = PromptScaler.load(
+            arguments.beta_head, arguments.ref_model_name_or_path,
+            max_length=arguments.max_length, batch_size=arguments.batch_size,
+        )  # fmt: skip
+    rows = read_scored(str(arguments.dataset))
+    while part := list(itertools.islice(rows, arguments.batch_size)):
+        own = {i: row.others["beta"] for i, row in enumerate(part) if row.others.get("beta") is not None}
+        for i, beta in own.items():
+            check_beta(beta, f"{arguments.dataset} row {part[i].index}: 'beta'")
+        others = [i for i in range(len(part)) if i not in own]
+        scales = _scales(scaler, [part[i] for i in others], str(arguments.dataset))
+        own |= {i: arguments.beta * scale for i, scale in zip(others, scales, strict=True)}
+        yield from ((row, float(own[i])) for i, row in enumerate(part))
+
+
+def _scales(scaler: PromptScaler | None, rows: list[Scored], source: str) -> list[float]:
+    if scaler is None:
+        return [1.0] * len(rows)
+    ids = []
+    for row in rows:
+        try:
+            ids.append(scaler.encode(row.prompt))
+        except BadRowError as error:
+            raise ValueError(f"{source} row {row.index}: {error}") from None
+    return scaler(ids)
