@@ -8,16 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.config import option
-from fastpo.data import REFERENCE_COLUMNS
 from fastpo.rejection_sampling import RANKINGS, RankedPair, accept, row_generator
-from fastpo.resumable import ResumableJsonl
-from fastpo.row_betas import TiltArguments, rows_with_beta
-from fastpo.scored import Scored, is_empty, origin, read_scored
+from fastpo.scored import Scored, is_empty
+from fastpo.tilting import TiltArguments, append_missing, begin, rows_with_beta
 
 logger = logging.getLogger(__name__)
-
-# What a row of pairs may say of its own chosen and rejected, which are no longer there.
-OF_ANOTHER_PAIR = (*REFERENCE_COLUMNS, "pair_weight", "sigma_chosen", "sigma_rejected")
 
 
 @dataclass
@@ -58,23 +53,14 @@ def run(arguments: Arguments) -> str:
             begun with other settings.
         SaveError: it cannot be written.
     """
-    for _ in read_scored(str(arguments.dataset)):  # whatever is wrong with a row is said before the first is written
-        pass
-    settings = dataclasses.asdict(arguments)
-    for name in ("dataset", "output_file", "batch_size"):
-        del settings[name]
-    provenance = {"command": "fastpo rso", "settings": settings, "source": origin(str(arguments.dataset))}
-    file = ResumableJsonl(str(arguments.output_file), provenance)
+    file = begin("rso", arguments)
     counts, betas = Counts(), list[float]()
     rows = _pair_rows(arguments, counts, betas)
     first = next(rows, None)
     if first is None:
         raise ValueError(f"{arguments.dataset} gives no pair: {_why(counts)}")
     with file:
-        # A pair costs next to nothing: those that a killed run has written are formed again and not written.
-        for number, row in enumerate(itertools.chain([first], rows)):
-            if number >= file.done:
-                file.append([row])
+        append_missing(file, itertools.chain([first], rows))
         rates = {"acceptance_rate": counts.accepted / counts.trials, "mean_beta": sum(betas) / len(betas)}
         file.finish({"counts": dataclasses.asdict(counts), **rates})
     if counts.empty:
@@ -125,7 +111,7 @@ def _pair_row(row: Scored, pair: RankedPair, beta: float) -> dict[str, Any]:
     if row.sigmas is not None:
         columns |= {f"sigma_{side}": row.sigmas[position] for side, position in sides.items()}
     columns |= {"beta": beta, "prompt_index": row.index}
-    return columns | {name: row.others[name] for name in row.others if name not in (*columns, *OF_ANOTHER_PAIR)}
+    return columns | {name: value for name, value in row.others.items() if name not in columns}
 
 
 def _why(counts: Counts) -> str:

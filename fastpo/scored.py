@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastpo.data import BadRowError, Text, read_text, shown
+from fastpo.data import REFERENCE_COLUMNS, BadRowError, Text, read_text, shown
 from fastpo.resumable import read_jsonl
 
 
@@ -24,7 +24,7 @@ class Scored:
         sigmas: N deviations of Gaussian rewards, or None.
         finished: N, whether a response came to its end-of-sequence token; taken for granted where the file does not
             say.
-        others: further columns.
+        others: further columns, but for those of completions that the prompt came with.
     """
 
     index: int
@@ -37,6 +37,10 @@ class Scored:
 
 
 OWN = ("index", "prompt", "responses", "rewards", "sigmas", "finished")
+OF_OTHER_COMPLETIONS = (
+    "chosen", "rejected", "completion", "conversations", "score_chosen", "score_rejected", "pair_weight",
+    *REFERENCE_COLUMNS,
+)  # fmt: skip
 
 
 def read_scored(path: str | Path) -> Iterator[Scored]:
@@ -71,7 +75,7 @@ def _scored(index: int, row: dict[str, Any]) -> Scored:
     finished = _column(row, "finished", len(texts)) if "finished" in row else [True] * len(texts)
     if not all(isinstance(value, bool) for value in finished):
         raise BadRowError(f"'finished' must hold true and false, got {shown(finished)}")
-    others = {name: value for name, value in row.items() if name not in OWN}
+    others = {name: value for name, value in row.items() if name not in (*OWN, *OF_OTHER_COMPLETIONS)}
     return Scored(index, prompt, texts, rewards, sigmas, finished, others)
 
 

@@ -1,14 +1,17 @@
-"""What the commands that tilt pi_ref by exp(r / beta) share: their arguments, and the beta of each prompt of a file."""
+"""What the commands that tilt pi_ref by exp(r / beta) share: arguments, the beta of each prompt, how they write."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fastpo.config import option
 from fastpo.data import BadRowError
 from fastpo.prompt_beta import PromptScaler
 from fastpo.rejection_sampling import check_beta
-from fastpo.scored import Scored, read_scored
+from fastpo.resumable import ResumableJsonl
+from fastpo.scored import Scored, origin, read_scored
 
 
 @dataclass
@@ -36,6 +39,27 @@ class TiltArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value!r}")
+
+
+def begin(command: str, arguments: TiltArguments) -> ResumableJsonl:
+    """The output file, before anything is written, with what it depends on as its provenance.
+
+    Raises:
+        ValueError: a row of the dataset cannot be used; the file is there, or was begun with other settings.
+    """
+    for _ in read_scored(str(arguments.dataset)):
+        pass
+    settings = dataclasses.asdict(arguments)
+    for name in ("dataset", "output_file", "batch_size"):
+        del settings[name]
+    provenance = {"command": f"fastpo {command}", "settings": settings, "source": origin(str(arguments.dataset))}
+    return ResumableJsonl(str(arguments.output_file), provenance)
+
+
+def append_missing(file: ResumableJsonl, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows, but for the first ones that a killed run has written: to make those again costs next to nothing."""
+    for row in itertools.islice(rows, file.done, None):
+        file.append([row])
 
 
 def rows_with_beta(arguments: TiltArguments) -> Iterator[tuple[Scored, float]]:
