@@ -56,10 +56,15 @@ def accept(rewards: Sequence[float], beta: float, num_samples: int, generator: r
     return Accepted(accepted, trials)
 
 
-def check_beta(beta: Any, name: str = "beta") -> None:
-    """Raise ValueError unless it is a finite number above 0."""
-    if isinstance(beta, bool) or not isinstance(beta, int | float) or not 0 < beta < math.inf:
-        raise ValueError(f"{name} must be a finite number > 0, got {beta!r}")
+def is_beta(value: Any) -> bool:
+    """Whether it is a finite number above 0."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and 0 < value < math.inf
+
+
+def check_beta(value: Any) -> None:
+    """Raise ValueError for what is no beta."""
+    if not is_beta(value):
+        raise ValueError(f"beta must be a finite number > 0, got {value!r}")
 
 
 class RankedPair(NamedTuple):

@@ -75,7 +75,8 @@ class ResumableJsonl:
             before = json.loads(self.provenance_path.read_text())
         except (OSError, ValueError):
             before = {}
-        differing = sorted(k for k in {*before, *self.provenance} if before.get(k) != self.provenance.get(k))
+        # A run killed while it finished has added its result already.
+        differing = sorted(k for k in self.provenance if before.get(k) != self.provenance[k])
         if differing:
             raise ValueError(
                 f"output_file {str(self.path)!r} was begun with another {', '.join(differing)}: repeat its settings, "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpo.config import option
+from fastpo.data import PROMPT_NUMBER
 from fastpo.rejection_sampling import RANKINGS, RankedPair, accept, row_generator
 from fastpo.scored import Scored, is_empty
 from fastpo.tilting import TiltArguments, append_missing, begin, rows_with_beta
@@ -110,7 +111,7 @@ def _pair_row(row: Scored, pair: RankedPair, beta: float) -> dict[str, Any]:
     columns |= {f"score_{side}": row.rewards[position] for side, position in sides.items()}
     if row.sigmas is not None:
         columns |= {f"sigma_{side}": row.sigmas[position] for side, position in sides.items()}
-    columns |= {"beta": beta, "prompt_index": row.index}
+    columns |= {"beta": beta, PROMPT_NUMBER: row.index}
     return columns | {name: value for name, value in row.others.items() if name not in columns}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpo.data import REFERENCE_COLUMNS, BadRowError, Text, read_text, shown
+from fastpo.rejection_sampling import is_beta
 from fastpo.resumable import read_jsonl
 
 
@@ -24,6 +25,7 @@ class Scored:
         sigmas: N deviations of Gaussian rewards, or None.
         finished: N, whether a response came to its end-of-sequence token; taken for granted where the file does not
             say.
+        beta: the row's own, or None.
         others: further columns, but for those of completions that the prompt came with.
     """
 
@@ -33,10 +35,11 @@ class Scored:
     rewards: list[float]
     sigmas: list[float] | None
     finished: list[bool]
+    beta: float | None
     others: dict[str, Any]
 
 
-OWN = ("index", "prompt", "responses", "rewards", "sigmas", "finished")
+OWN = ("index", "prompt", "responses", "rewards", "sigmas", "finished", "beta")
 OF_OTHER_COMPLETIONS = (
     "chosen", "rejected", "completion", "conversations", "score_chosen", "score_rejected", "pair_weight",
     *REFERENCE_COLUMNS,
@@ -75,8 +78,11 @@ def _scored(index: int, row: dict[str, Any]) -> Scored:
     finished = _column(row, "finished", len(texts)) if "finished" in row else [True] * len(texts)
     if not all(isinstance(value, bool) for value in finished):
         raise BadRowError(f"'finished' must hold true and false, got {shown(finished)}")
+    beta = row.get("beta")
+    if beta is not None and not is_beta(beta):
+        raise BadRowError(f"'beta' must be a finite number > 0, got {shown(beta)}")
     others = {name: value for name, value in row.items() if name not in (*OWN, *OF_OTHER_COMPLETIONS)}
-    return Scored(index, prompt, texts, rewards, sigmas, finished, others)
+    return Scored(index, prompt, texts, rewards, sigmas, finished, beta, others)
 
 
 def _column(row: dict[str, Any], name: str, count: int | None) -> list[Any]:

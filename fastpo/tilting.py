@@ -66,7 +66,7 @@ def rows_with_beta(arguments: TiltArguments) -> Iterator[tuple[Scored, float]]:
     """Rows of the dataset and the beta_eff(x) of each: its column beta, or `beta` times s(x), or `beta`.
 
     Raises:
-        ValueError: as `read_scored`; a row's beta is no number > 0, or its prompt cannot be tokenised.
+        ValueError: as `read_scored`; a prompt cannot be tokenised.
     """
     scaler = None
     if arguments.beta_head is not None and arguments.ref_model_name_or_path is not None:
@@ -76,13 +76,10 @@ def rows_with_beta(arguments: TiltArguments) -> Iterator[tuple[Scored, float]]:
         )  # fmt: skip
     rows = read_scored(str(arguments.dataset))
     while part := list(itertools.islice(rows, arguments.batch_size)):
-        own = {i: row.others["beta"] for i, row in enumerate(part) if row.others.get("beta") is not None}
-        for i, beta in own.items():
-            check_beta(beta, f"{arguments.dataset} row {part[i].index}: 'beta'")
-        others = [i for i in range(len(part)) if i not in own]
-        scales = _scales(scaler, [part[i] for i in others], str(arguments.dataset))
-        own |= {i: arguments.beta * scale for i, scale in zip(others, scales, strict=True)}
-        yield from ((row, float(own[i])) for i, row in enumerate(part))
+        unknown = [row for row in part if row.beta is None]
+        scales = iter(_scales(scaler, unknown, str(arguments.dataset)))
+        for row in part:
+            yield row, arguments.beta * next(scales) if row.beta is None else row.beta
 
 
 def _scales(scaler: PromptScaler | None, rows: list[Scored], source: str) -> list[float]:
