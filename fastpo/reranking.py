@@ -29,7 +29,7 @@ def tilted_weights(rewards: Tensor, beta: float, log_ratios: Tensor | None = Non
     # Differences first: a small beta must not make infinities of large rewards that are alike.
     logits = (rewards.double() - rewards.double().max()) / beta
     if log_ratios is not None:
-        _check("log_ratios", log_ratios, rewards.shape)
+        _check("log_ratios", log_ratios, len(rewards))
         logits = logits + log_ratios.double()
     return logits.softmax(dim=0)
 
@@ -59,9 +59,9 @@ def draw(weights: Tensor, generator: random.Random) -> int:
     return generator.choices(range(len(weights)), weights.tolist())[0]
 
 
-def _check(name: str, value: Tensor, shape: torch.Size | None) -> None:
-    if value.dim() != 1 or len(value) == 0 or value.shape != (value.shape if shape is None else shape):
-        wanted = "(N,) with N >= 1" if shape is None else tuple(shape)
+def _check(name: str, value: Tensor, number: int | None) -> None:
+    if value.dim() != 1 or len(value) == 0 or number not in (None, len(value)):
+        wanted = "(N,) with N >= 1" if number is None else (number,)
         raise ValueError(f"{name} must have shape {wanted}, got {tuple(value.shape)}")
     if not value.is_floating_point() or not bool(value.isfinite().all()):
         raise ValueError(f"{name} must be finite floating-point numbers, got {value}")

@@ -8,9 +8,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from peft import get_peft_model
 from test_architecture import DYNAMIC, collate, lora, ragged_pairs, scatter_heads, trainer_for
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from fastpo import objective_trainer
 from fastpo.architecture import heads_of
@@ -107,3 +109,17 @@ def test_of_saved_folders_and_of_messages(tmp_path: Path) -> None:
     assert scaler([ids[-6:], [7, 8]]) == pytest.approx(wanted.tolist(), rel=1e-6)
     scaler.max_length = None
     assert scaler.encode(messages) == ids
+
+
+def test_of_a_saved_adapter_it_reads_the_base(tmp_path: Path) -> None:
+    base = tiny_model(seed=7)
+    base.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora(init_lora_weights=False))
+    for thing in (adapted, tiny_tokenizer()):
+        thing.save_pretrained(tmp_path / "adapter")
+    head = BetaHead(32)
+    torch.nn.init.normal_(head.layers[-1].weight)
+    head.save_pretrained(tmp_path / "adapter")
+    scaler = PromptScaler.load(str(tmp_path / "adapter"), str(tmp_path / "adapter"), max_length=6, batch_size=2)
+    wanted = prompt_scales(base, head, [[5, 6], [7, 8, 9]], batch_size=2, pad_token_id=PAD)
+    assert scaler([[5, 6], [7, 8, 9]]) == pytest.approx(wanted.tolist(), rel=1e-6)
