@@ -21,10 +21,11 @@ def row_generator(seed: int, index: int) -> random.Random:
 def accept(rewards: Sequence[float], beta: float, num_samples: int, generator: random.Random) -> Accepted:
     """Candidates of one prompt, accepted without replacement, num_samples of them or as many as there are.
 
-    A trial draws one of the remaining candidates, each alike, and accepts it with probability exp((r - r_max) / beta),
-    r_max the largest of their rewards (arXiv:2309.06657, algorithm 1). So the next one accepted has the distribution
-    softmax(r / beta) over those that remain, and the order is Plackett-Luce with the weights exp(r / beta). For
-    candidates drawn from pi_ref the first one comes, as they grow many, from pi_ref exp(r / beta) / Z.
+    A trial draws one of the remaining candidates, each as likely, and accepts it with probability
+    exp((r - r_max) / beta), r_max the largest of their rewards (arXiv:2309.06657). So the next one accepted has the
+    distribution softmax(r / beta) over those that remain, and the order is Plackett-Luce with the weights
+    exp(r / beta). For candidates drawn from pi_ref the first one comes, as they grow many, from
+    pi_ref exp(r / beta) / Z. To try candidates in the order of the file instead would favour the earlier ones.
 
     The best that remains is always accepted when it is drawn: a trial succeeds with probability 1/N or more, however
     small beta is.

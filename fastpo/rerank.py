@@ -91,7 +91,9 @@ def _completions(arguments: Arguments, totals: Totals) -> Iterator[dict[str, Any
 def _completion(row: Scored, taken: int, weight: float, beta: float) -> dict[str, Any]:
     columns = {
         "index": row.index, "prompt": row.prompt, "completion": row.responses[taken], "reward": row.rewards[taken],
-        "weight": weight, "beta": beta, "finished": row.finished[taken],
+        "weight": weight, "beta": beta,
+        # So that another judge can score it.
+        "responses": [row.responses[taken]], "finished": [row.finished[taken]],
     }  # fmt: skip
     if row.sigmas is not None:
         columns["sigma"] = row.sigmas[taken]

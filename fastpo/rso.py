@@ -45,6 +45,10 @@ class Counts:
     trials: int = 0
     pairs: int = 0
 
+    @property
+    def usable(self) -> int:
+        return self.responses - self.unfinished - self.empty
+
 
 def run(arguments: Arguments) -> str:
     """Write the pairs and their provenance; returns what to print.
@@ -66,6 +70,10 @@ def run(arguments: Arguments) -> str:
         file.finish({"counts": dataclasses.asdict(counts), **rates})
     if counts.empty:
         logger.warning("left out %d empty responses of %d", counts.empty, counts.responses)
+    if counts.accepted == counts.usable:
+        logger.warning(
+            "all were accepted, whatever beta: no prompt has more than num_samples=%d", arguments.num_samples
+        )
     return (
         f"{counts.pairs} pairs of {counts.prompts - counts.prompts_without_pair} prompts "
         f"({counts.prompts_without_pair} prompts without a pair): {arguments.output_file}\n"
@@ -116,9 +124,8 @@ def _pair_row(row: Scored, pair: RankedPair, beta: float) -> dict[str, Any]:
 
 
 def _why(counts: Counts) -> str:
-    usable = counts.responses - counts.unfinished - counts.empty
     return (
         f"of {counts.responses} responses of {counts.prompts} prompts {counts.unfinished} are unfinished "
-        f"(keep_unfinished takes them too), {counts.empty} are empty, and the other {usable} "
+        f"(keep_unfinished takes them too), {counts.empty} are empty, and the other {counts.usable} "
         "are alone with their prompt, or alike in text or reward"
     )

@@ -50,8 +50,7 @@ def begin(command: str, arguments: TiltArguments) -> ResumableJsonl:
     for _ in read_scored(str(arguments.dataset)):
         pass
     settings = dataclasses.asdict(arguments)
-    for name in ("dataset", "output_file", "batch_size"):
-        del settings[name]
+    del settings["dataset"], settings["output_file"]
     provenance = {"command": f"fastpo {command}", "settings": settings, "source": origin(str(arguments.dataset))}
     return ResumableJsonl(str(arguments.output_file), provenance)
 

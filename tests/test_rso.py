@@ -123,7 +123,9 @@ def test_a_prompt_does_not_depend_on_the_others_nor_on_where_it_stands(tmp_path:
     assert run("rso", tmp_path, rows, name="seeded", seed=1) != whole
 
 
-def test_fewer_responses_than_samples_and_prompts_without_a_pair(tmp_path: Path) -> None:
+def test_fewer_responses_than_samples_and_prompts_without_a_pair(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = scored_rows(4, 3, seed=2)
     for row in rows:
         row["finished"] = [True] * 3
@@ -134,8 +136,12 @@ def test_fewer_responses_than_samples_and_prompts_without_a_pair(tmp_path: Path)
     assert [pair["fastpo_prompt"] for pair in pairs] == [3, 3]
     counts = provenance(tmp_path)["counts"]
     assert counts["prompts_without_pair"] == 3 and counts["accepted"] == 3 + 3 + 1 + 3
+    assert "all were accepted, whatever beta: no prompt has more than num_samples=8" in caplog.text
+    caplog.clear()
     more = run("rso", tmp_path, rows, name="more", ranking="tournament", keep_unfinished=True)
     assert [pair["fastpo_prompt"] for pair in more] == [2, 2, 3, 3]
+    run("rso", tmp_path, rows, name="few", num_samples=2)
+    assert caplog.text.count("all were accepted") == 1
 
 
 def test_empty_responses_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -325,7 +331,7 @@ def test_the_best_and_its_weight(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert found["reward"] == max(row["rewards"]) == row["rewards"][place]
         assert found["weight"] == pytest.approx(float(weight.max()))
         assert (found["index"], found["prompt"], found["task"]) == (row["index"], row["prompt"], "t")
-        assert found["finished"] == row["finished"][place]
+        assert (found["responses"], found["finished"]) == ([found["completion"]], [row["finished"][place]])
     made = provenance(tmp_path)
     tilted = [
         float(w @ torch.tensor(row["rewards"], dtype=torch.float64)) for row, w in zip(rows, weights, strict=True)
@@ -354,6 +360,8 @@ def test_risk_aversion_takes_deviations_off(tmp_path: Path, capsys: pytest.Captu
     assert run("rerank", tmp_path, [row])[0]["completion"] == "bold"
     [careful] = run("rerank", tmp_path, [row], name="careful", risk_aversion=1, beta=1)
     assert (careful["completion"], careful["reward"], careful["sigma"]) == ("sure", 1.0, 0.0)
+    made = provenance(tmp_path, "careful")  # what is printed are means
+    assert (made["reward"], made["reward_best"]) == (1.5, 1.0) and made["reward_tilted"] > 1
     assert careful["weight"] == pytest.approx(1 / (1 + torch.e**-0.5))
     bare = {name: value for name, value in row.items() if name != "sigmas"}
     said = complaint("rerank", tmp_path, [row, bare], capsys, risk_aversion=1)
