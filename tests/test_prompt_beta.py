@@ -106,7 +106,7 @@ def test_of_saved_folders_and_of_messages(tmp_path: Path) -> None:
     ids = tiny_tokenizer().apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert len(ids) > 6 and scaler.encode(messages) == ids[-6:]
     wanted = prompt_scales(reference, head, [ids[-6:], [7, 8]], batch_size=1, pad_token_id=PAD)
-    assert scaler([ids[-6:], [7, 8]]) == pytest.approx(wanted.tolist(), rel=1e-6)
+    assert scaler([ids[-6:], [7, 8]]) == pytest.approx(wanted.tolist(), rel=1e-5)
     scaler.max_length = None
     assert scaler.encode(messages) == ids
 
@@ -122,4 +122,4 @@ def test_of_a_saved_adapter_it_reads_the_base(tmp_path: Path) -> None:
     head.save_pretrained(tmp_path / "adapter")
     scaler = PromptScaler.load(str(tmp_path / "adapter"), str(tmp_path / "adapter"), max_length=6, batch_size=2)
     wanted = prompt_scales(base, head, [[5, 6], [7, 8, 9]], batch_size=2, pad_token_id=PAD)
-    assert scaler([[5, 6], [7, 8, 9]]) == pytest.approx(wanted.tolist(), rel=1e-6)
+    assert scaler([[5, 6], [7, 8, 9]]) == pytest.approx(wanted.tolist(), rel=1e-5)

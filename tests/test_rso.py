@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from test_cli import RECIPE
+from test_rejection_sampling import FAILS, PASSES, REWARDS, p_value, plackett_luce
 from tiny import tiny_model, tiny_tokenizer
 
 from fastpo.cli import main
@@ -174,6 +175,26 @@ def test_a_small_beta_takes_the_best_and_a_large_one_takes_any(tmp_path: Path) -
     assert set(ranks[0]) == {0, 1} and len(ranks[1]) == 40
     assert 3 < sum(ranks[1]) / 40 < 6  # of ten or so
     assert provenance(tmp_path)["mean_beta"] == pytest.approx(500.0005)
+
+
+def test_of_a_file_the_pairs_have_the_exact_frequencies_at_each_prompts_beta(tmp_path: Path) -> None:
+    betas = (0.25, 2.0)
+    row = {"prompt": "p", "responses": list("abcde"), "rewards": list(REWARDS)}
+    pairs = run("rso", tmp_path, [row | {"beta": betas[i % 2]} for i in range(6_000)], num_samples=2, seed=5)
+    exact = [
+        {pair: p + plackett_luce(REWARDS, beta)[pair[::-1]] for pair, p in plackett_luce(REWARDS, beta).items()}
+        for beta in betas
+    ]
+    for turn in (0, 1):
+        # Who has the higher reward is chosen, in whatever order the two were accepted.
+        labelled = {pair: p for pair, p in exact[turn].items() if REWARDS[pair[0]] > REWARDS[pair[1]]}
+        seen = [
+            ("abcde".index(pair["chosen"]), "abcde".index(pair["rejected"]))
+            for pair in pairs if pair["fastpo_prompt"] % 2 == turn
+        ]  # fmt: skip
+        assert len(seen) == 3_000 and p_value(seen, labelled) > PASSES
+        other = {pair: exact[1 - turn][pair] for pair in labelled}
+        assert p_value(seen, other) < FAILS
 
 
 def test_a_beta_head_makes_beta_of_each_prompt(tmp_path: Path) -> None:
@@ -398,6 +419,16 @@ def test_responses_without_rewards_say_how_to_get_them(tmp_path: Path, capsys: p
     said = complaint("rso", tmp_path, [{"prompt": "p", "responses": ["a"]}], capsys)
     assert "row 0: there must be a column 'rewards' (`fastpo score` writes it), got prompt, responses" in said
     assert "must have at least one row, got none" in complaint("rso", tmp_path, [], capsys)
+
+
+def test_an_interrupted_dataset_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, output = tmp_path / "scored.jsonl", tmp_path / "pairs.jsonl"
+    (tmp_path / "scored.jsonl.partial").write_text(json.dumps(GOOD) + "\n")
+    assert main(["rso", "--dataset", str(dataset), "--output_file", str(output)]) == 1
+    assert "scored.jsonl.partial is not finished: run the command that makes it again" in capsys.readouterr().err
+    dataset.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:30])
+    assert main(["rso", "--dataset", str(dataset), "--output_file", str(output)]) == 1
+    assert "line 2 must be JSON" in capsys.readouterr().err and not output.exists()
 
 
 def test_no_pair_at_all_says_why_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
