@@ -82,13 +82,18 @@ class PromptScaler:
         """From where a head and a model are saved; on the first GPU, or the CPU.
 
         Raises:
-            ValueError: no head is saved there.
+            ValueError: no head is saved there, or no model and tokenizer.
         """
         head = BetaHead.from_pretrained(beta_head)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        reference = AutoModelForCausalLM.from_pretrained(ref_model_name_or_path, dtype="auto").to(device)
-        tokenizer = AutoTokenizer.from_pretrained(ref_model_name_or_path)
-        return cls(reference, head.to(device), tokenizer, max_length=max_length, batch_size=batch_size)
+        try:
+            reference = AutoModelForCausalLM.from_pretrained(ref_model_name_or_path, dtype="auto")
+            tokenizer = AutoTokenizer.from_pretrained(ref_model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"ref_model_name_or_path must name a causal LM, got {ref_model_name_or_path!r}: {error}"
+            ) from error
+        return cls(reference.to(device), head.to(device), tokenizer, max_length=max_length, batch_size=batch_size)
 
     def encode(self, prompt: Text) -> list[int]:
         """Its token ids.

@@ -1,29 +1,33 @@
 """`fastpo rerank`: of each prompt's scored responses the best one, or one drawn from the closed form of pi*."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastpo.config import option
+from fastpo.file_commands import check_fields
 from fastpo.rejection_sampling import row_generator
 from fastpo.reranking import divergence, draw, effective_sample_size, expected_reward, risk_adjusted, tilted_weights
 from fastpo.scored import Scored, read_scored
 from fastpo.tilting import TiltArguments, append_missing, begin, rows_with_beta
 
-SELECTIONS = ("best", "sample")
 
-
-@dataclass
+@dataclass(frozen=True)
 class Arguments(TiltArguments):
+    """What `fastpo rerank` is told.
+
+    Raises:
+        ValueError: a field is missing or out of its range.
+    """
+
     select: str = option("best", "best: of the highest reward; sample: drawn from pi_ref exp(reward / beta).")
     risk_aversion: float = option(0.0, "How many deviations of a Gaussian reward to take off its mean.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.select not in SELECTIONS:
-            raise ValueError(f"select must be one of {', '.join(SELECTIONS)}, got {self.select!r}")
+        check_fields(self, given=(), least={}, known={"select": ("best", "sample")})
         if not self.risk_aversion >= 0:
             raise ValueError(f"risk_aversion must be >= 0, got {self.risk_aversion!r}")
 
@@ -49,10 +53,11 @@ def run(arguments: Arguments) -> str:
         SaveError: it cannot be written.
     """
     if arguments.risk_aversion:
-        _check_sigmas(str(arguments.dataset))
-    file, totals = begin("rerank", arguments), Totals()
+        _check_sigmas(arguments.dataset)
+    file, totals = begin("fastpo rerank", arguments), Totals()
+    rows = rows_with_beta(arguments)
     with file:
-        append_missing(file, _completions(arguments, totals))
+        append_missing(file, _completions(rows, arguments, totals))
         n = totals.prompts
         means = {
             "reward": totals.candidates / n,
@@ -70,8 +75,10 @@ def run(arguments: Arguments) -> str:
     )
 
 
-def _completions(arguments: Arguments, totals: Totals) -> Iterator[dict[str, Any]]:
-    for row, beta in rows_with_beta(arguments):
+def _completions(
+    rows: Iterable[tuple[Scored, float]], arguments: Arguments, totals: Totals
+) -> Iterator[dict[str, Any]]:
+    for row, beta in rows:
         rewards = torch.tensor(row.rewards, dtype=torch.float64)
         judged = rewards
         if row.sigmas is not None:
@@ -91,9 +98,7 @@ def _completions(arguments: Arguments, totals: Totals) -> Iterator[dict[str, Any
 def _completion(row: Scored, taken: int, weight: float, beta: float) -> dict[str, Any]:
     columns = {
         "index": row.index, "prompt": row.prompt, "completion": row.responses[taken], "reward": row.rewards[taken],
-        "weight": weight, "beta": beta,
-        # So that another judge can score it.
-        "responses": [row.responses[taken]], "finished": [row.finished[taken]],
+        "weight": weight, "beta": beta, "finished": row.finished[taken],
     }  # fmt: skip
     if row.sigmas is not None:
         columns["sigma"] = row.sigmas[taken]

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastpo.config import option
 from fastpo.data import PROMPT_NUMBER
+from fastpo.file_commands import check_fields
 from fastpo.rejection_sampling import RANKINGS, RankedPair, accept, row_generator
 from fastpo.scored import Scored, is_empty
 from fastpo.tilting import TiltArguments, append_missing, begin, rows_with_beta
@@ -16,9 +17,13 @@ from fastpo.tilting import TiltArguments, append_missing, begin, rows_with_beta
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arguments(TiltArguments):
-    """Defaults of beta, num_samples and ranking are those of arXiv:2309.06657, which takes 8 of 64 responses."""
+    """What `fastpo rso` is told; beta, num_samples and ranking are by default those of arXiv:2309.06657.
+
+    Raises:
+        ValueError: a field is missing or out of its range.
+    """
 
     num_samples: int = option(8, "How many responses of a prompt to accept.")
     ranking: str = option("first_round", "first_round: K/2 pairs of K accepted ones; tournament: K-1.")
@@ -26,10 +31,7 @@ class Arguments(TiltArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 2:
-            raise ValueError(f"num_samples must be >= 2, got {self.num_samples!r}")
-        if self.ranking not in RANKINGS:
-            raise ValueError(f"ranking must be one of {', '.join(RANKINGS)}, got {self.ranking!r}")
+        check_fields(self, given=(), least={"num_samples": 2}, known={"ranking": tuple(RANKINGS)})
 
 
 @dataclass
@@ -58,7 +60,7 @@ def run(arguments: Arguments) -> str:
             begun with other settings.
         SaveError: it cannot be written.
     """
-    file = begin("rso", arguments)
+    file = begin("fastpo rso", arguments)
     counts, betas = Counts(), list[float]()
     rows = _pair_rows(arguments, counts, betas)
     first = next(rows, None)

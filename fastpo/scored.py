@@ -75,7 +75,7 @@ def _scored(index: int, row: dict[str, Any]) -> Scored:
     sigmas = _numbers(row, "sigmas", len(texts)) if row.get("sigmas") is not None else None
     if sigmas is not None and min(sigmas) < 0:
         raise BadRowError(f"'sigmas' must be >= 0, got {shown(min(sigmas))}")
-    finished = _column(row, "finished", len(texts)) if "finished" in row else [True] * len(texts)
+    finished = _column(row, "finished", len(texts)) if row.get("finished") is not None else [True] * len(texts)
     if not all(isinstance(value, bool) for value in finished):
         raise BadRowError(f"'finished' must hold true and false, got {shown(finished)}")
     beta = row.get("beta")

@@ -155,7 +155,7 @@ def test_empty_responses_are_left_out_and_said(tmp_path: Path, caplog: pytest.Lo
         pairs = run("rso", tmp_path, rows, ranking="tournament")
     assert len(pairs) == 6 and all(pair["score_chosen"] < 9 for pair in pairs)
     assert "left out 3 empty responses of 12" in caplog.text
-    text = [{"prompt": "p", "responses": ["", "a", "b"], "rewards": [9.0, 1.0, 0.0]}]
+    text = [{"prompt": "p", "responses": ["", "a", "b"], "rewards": [9.0, 1.0, 0.0], "finished": None}]
     [pair] = run("rso", tmp_path, text, name="text")
     assert (pair["chosen"], pair["rejected"], pair["fastpo_prompt"]) == ("a", "b", 0)
 
@@ -332,11 +332,11 @@ def test_a_begun_file_wants_the_same_settings(tmp_path: Path, capsys: pytest.Cap
     run("rso", tmp_path, scored_rows())
     (tmp_path / "out.jsonl").rename(tmp_path / "out.jsonl.partial")
     whole = json.loads((tmp_path / "out.jsonl.provenance.json").read_text())
-    begun = {name: whole[name] for name in ("command", "settings", "source")}
+    begun = {name: whole[name] for name in ("command", "settings", "source", "versions")}
     (tmp_path / "out.jsonl.provenance.json").write_text(json.dumps(begun))
     said = ["--dataset", str(tmp_path / "out-scored.jsonl"), "--output_file", str(tmp_path / "out.jsonl")]
     assert main(["rso", *said, "--beta", "0.4"]) == 1
-    assert "was begun with another settings" in capsys.readouterr().err
+    assert "was begun with another settings.beta: repeat" in capsys.readouterr().err
     assert main(["rso", *said]) == 0
 
 
@@ -352,7 +352,7 @@ def test_the_best_and_its_weight(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert found["reward"] == max(row["rewards"]) == row["rewards"][place]
         assert found["weight"] == pytest.approx(float(weight.max()))
         assert (found["index"], found["prompt"], found["task"]) == (row["index"], row["prompt"], "t")
-        assert (found["responses"], found["finished"]) == ([found["completion"]], [row["finished"][place]])
+        assert found["finished"] == row["finished"][place]
     made = provenance(tmp_path)
     tilted = [
         float(w @ torch.tensor(row["rewards"], dtype=torch.float64)) for row, w in zip(rows, weights, strict=True)
@@ -461,8 +461,19 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize("command", ["rso", "rerank"])
+def test_a_head_and_a_reference_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    folders = {"beta_head": tmp_path / "policy", "ref_model_name_or_path": tmp_path / "reference"}
+    for folder in folders.values():
+        folder.mkdir()
+    assert "policy' must hold a saved beta_head" in complaint(command, tmp_path, [GOOD], capsys, **folders)
+    BetaHead(32).save_pretrained(tmp_path / "policy")
+    said = complaint(command, tmp_path, [GOOD], capsys, **folders)
+    assert f"ref_model_name_or_path must name a causal LM, got '{tmp_path / 'reference'}'" in said
+
+
+@pytest.mark.parametrize("command", ["rso", "rerank"])
 def test_the_dataset_and_the_output_are_named(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command]) == 1
-    assert "dataset must be a file, got none" in capsys.readouterr().err
+    assert "dataset must be given, got none" in capsys.readouterr().err
     assert main([command, "--dataset", "nowhere.jsonl", "--output_file", "x.jsonl"]) == 1
     assert "dataset must be an existing JSONL file, got 'nowhere.jsonl'" in capsys.readouterr().err
