@@ -29,6 +29,8 @@ HH_ASSISTANT = "\n\nAssistant:"
 FILE_LOADERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 # Column of what is wrong with a row, where reading it has found that out; empty where nothing is.
 PROBLEM = "fastpo_problem"
+# Column of a number that rows of one prompt share: they are held out together.
+PROMPT_NUMBER = "fastpo_prompt"
 
 
 class Pair(NamedTuple):

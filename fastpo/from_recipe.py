@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from fastpo.arguments import PreferenceTrainingArguments, own_columns
 from fastpo.chat_templates import set_chat_template
-from fastpo.data import find_form, read_dataset
+from fastpo.data import PROMPT_NUMBER, find_form, read_dataset
 from fastpo.freezing import train_only
 from fastpo.integrations.llamafactory_recipes.datasets import CONVERSATION, read_named_datasets
 from fastpo.recipe import RecipeArguments
@@ -54,12 +54,13 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
 
 
 def _units(rows: Dataset) -> list[list[int]]:
-    """Positions of the rows that are held out together: those of one conversation, or each by itself."""
-    if CONVERSATION not in rows.column_names:
+    """Positions of the rows that are held out together: those of one conversation or prompt, or each by itself."""
+    shared = next((name for name in (CONVERSATION, PROMPT_NUMBER) if name in rows.column_names), None)
+    if shared is None:
         return [[position] for position in range(len(rows))]
     units: dict[int, list[int]] = {}
-    for position, conversation in enumerate(rows[CONVERSATION]):
-        units.setdefault(conversation, []).append(position)
+    for position, number in enumerate(rows[shared]):
+        units.setdefault(number, []).append(position)
     return list(units.values())
 
 
