@@ -37,7 +37,7 @@ def draw(model: Any, prompts: Any = PROMPTS, sampling: Sampling | None = None, s
     return generate(model, prompts, sampling or Sampling(max_completion_length=8), seed=seed, **ENDS)
 
 
-# --- frequencies --------------------------------------------------------------------------------------------------------
+# --- frequencies ------------------------------------------------------------------------------------------------------
 
 
 def distribution(model: Any, ids: list[int], sampling: Sampling) -> np.ndarray:
@@ -66,7 +66,10 @@ def two_tokens(model: Any, prompt: list[int], sampling: Sampling) -> dict[tuple[
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 4, "top_p": 0.7}],
+    [
+        {}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.8},
+        {"temperature": 1.5, "top_k": 4, "top_p": 0.7},
+    ],
     ids=str,
 )  # fmt: skip
 def test_frequencies_are_those_of_the_model(settings: dict[str, Any]) -> None:
@@ -89,7 +92,7 @@ def test_frequencies_are_those_of_the_model(settings: dict[str, Any]) -> None:
     assert p_value > 0.001, (chi2, len(cells))
 
 
-# --- batches ------------------------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", ["qwen3", "gpt2", "llama"])
@@ -119,7 +122,7 @@ def test_seeds_differ_in_what_a_cpu_reads_of_them() -> None:
     assert seed_of(1, 23) != seed_of(12, 3) and seed_of(0, 1) == seed_of(0, 1)
 
 
-# --- the model ----------------------------------------------------------------------------------------------------------
+# --- the model --------------------------------------------------------------------------------------------------------
 
 
 def test_generation_settings_of_the_model_do_not_count() -> None:
@@ -200,15 +203,17 @@ def test_what_it_cannot_do_is_said() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_completion_length", 0), ("temperature", 0.0), ("temperature", math.inf), ("temperature", math.nan)]
-    + [("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
-)
+    [
+        ("max_completion_length", 0), ("temperature", 0.0), ("temperature", math.inf), ("temperature", math.nan),
+        ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1),
+    ],
+)  # fmt: skip
 def test_bad_sampling_is_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} must be .*, got {value}"):
         Sampling(**{field: value})
 
 
-# --- text ---------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerFast:
@@ -234,7 +239,7 @@ def test_text_goes_on_from_its_prompt_and_messages_are_answered() -> None:
         assert text in (bytewise.decode(ids[split:]), "über 東京"[len(bytewise.decode(ids[:split])) :])
 
 
-# --- vLLM ---------------------------------------------------------------------------------------------------------------
+# --- vLLM -------------------------------------------------------------------------------------------------------------
 
 
 class Recorder:
@@ -257,7 +262,7 @@ class Recorder:
 @pytest.fixture
 def vllm(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module = ModuleType("vllm")
-    module.LLM, module.SamplingParams = Recorder, lambda **fields: SimpleNamespace(**fields)  # type: ignore[attr-defined]
+    module.LLM, module.SamplingParams = Recorder, SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     return module
 
