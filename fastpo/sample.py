@@ -23,8 +23,8 @@ from fastpo.resumable import check_one_process, check_output_file
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("transformers", "vllm")
-# Columns of the response files.
-OWN = ("index", "prompt", "responses", "finished")
+# Columns that are written anew, or would be about other responses.
+OWN = ("index", "prompt", "responses", "finished", "rewards", "sigmas")
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,10 @@ processes = multiprocessing.get_context("forkserver")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model that comes to an end now and then, by either of two tokens."""
+    """A saved model about half of whose completions end within twelve tokens, by one of its many end tokens."""
     folder = tmp_path_factory.mktemp("model")
     lm, tokenizer = tiny_model(), tiny_tokenizer()
-    lm.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("e")]
+    lm.generation_config.eos_token_id = [tokenizer.eos_token_id, *range(40, 60)]
     lm.generation_config.top_k = 1
     lm.generation_config.do_sample = True
     lm.save_pretrained(folder)
@@ -142,12 +142,13 @@ def test_empty_responses_are_kept_and_said(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    answers(monkeypatch, Completion([tiny_tokenizer().eos_token_id], True))
+    asked = answers(monkeypatch, Completion([tiny_tokenizer().eos_token_id], True))
     with caplog.at_level(logging.WARNING):
         assert main(argv) == 0
     assert [row["responses"] for row in written(tmp_path / "out.jsonl")] == [
         [[{"role": "assistant", "content": ""}]] * 3
     ] * ROWS
+    assert len({named["seed"] for _, _, named in asked}) == 4  # batches
     assert "21 of 21 responses are empty" in caplog.text
     assert "0.0% unfinished, 100.0% empty, 33.3% distinct" in capsys.readouterr().out
 
