@@ -135,6 +135,13 @@ def test_text_is_answered_by_text_and_long_prompts_keep_their_end(
     assert named["eos_token_id"] == tokenizer.eos_token_id and named["pad_token_id"] == tokenizer.pad_token_id
 
 
+def test_another_chat_template(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = answers(monkeypatch, Completion([5], False))
+    assert main([*argv, "--chat_template", "default", "--max_samples", "1"]) == 0
+    text = tiny_tokenizer().decode(asked[0][0][0])
+    assert text.startswith("Human: ") and text.endswith("Assistant:")
+
+
 def test_empty_responses_are_kept_and_said(
     argv: list[str],
     tmp_path: Path,
