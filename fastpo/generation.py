@@ -84,7 +84,7 @@ def generate(
         mask[row, width - len(prompt) :] = 1
     config = GenerationConfig(
         max_new_tokens=sampling.max_completion_length, do_sample=True, temperature=sampling.temperature,
-        top_p=sampling.top_p, top_k=sampling.top_k, pad_token_id=padding, eos_token_id=ends, use_cache=True,
+        top_p=sampling.top_p, top_k=sampling.top_k, pad_token_id=padding, eos_token_id=ends,
     )  # fmt: skip
     with _sampling_only(lm, seed):
         whole = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)

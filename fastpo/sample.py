@@ -23,8 +23,8 @@ from fastpo.resumable import check_one_process, check_output_file
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("transformers", "vllm")
-# Columns of the response files.
-OWN = ("index", "prompt", "responses", "finished")
+# Columns that are written anew, or would be about other responses.
+OWN = ("index", "prompt", "responses", "finished", "rewards", "sigmas")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Arguments(Sampling):
         ValueError: a field is missing or out of its range.
     """
 
-    model_name_or_path: str = option("", "The model: folder or hub name, of an adapter too.")
+    model_name_or_path: str = option("", "The model: folder or hub name, or an adapter's folder.")
     tokenizer_name_or_path: str | None = option(None, "The tokenizer; default: the model's.")
     chat_template: str | None = option(None, "A template of fastpo.chat_templates in place of the tokenizer's own.")
     dtype: str = option("auto", "Of the model: float32, bfloat16, float16, or auto: as saved.")
@@ -112,7 +112,7 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Numbers of rows, responses, unfinished ones, empty ones, and distinct ones among those of a prompt."""
     counts = dict.fromkeys(("rows", "responses", "unfinished", "empty", "distinct"), 0)
     for row in rows:
-        texts = [said if isinstance(said, str) else said[0]["content"] for said in row["responses"]]
+        texts = [one if isinstance(one, str) else one[0]["content"] for one in row["responses"]]
         counts["rows"] += 1
         counts["responses"] += len(texts)
         counts["unfinished"] += row["finished"].count(False)
