@@ -97,7 +97,7 @@ def check_adapter(model: Any, *, is_reference: bool, always: bool) -> None:
 
 def _adapter_names(model: Any) -> set[str]:
     """Parts of parameters' names that only an adapter, or a head beside the LM head, has."""
-    names = {"modules_to_save", "beta_head", "disco_head"}
+    names = {"modules_to_save", "beta_head", "disco_head", "value_head"}
     return names.union(*(getattr(module, "adapter_layer_names", ()) for module in model.modules()))
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from fastpo.backbone import causal_lm, head_shape
 from fastpo.config import PreferenceConfig
-from fastpo.heads import BetaHead, DiscoHead, Head
+from fastpo.heads import BetaHead, DiscoHead, Head, ValueHead
 
 logger = logging.getLogger(__name__)
 
-HEADS: dict[str, type[Head]] = {kind.name: kind for kind in (BetaHead, DiscoHead)}
+HEADS: dict[str, type[Head]] = {kind.name: kind for kind in (BetaHead, DiscoHead, ValueHead)}
 
 
 def heads_of(model: Any) -> dict[str, Any]:
@@ -97,10 +97,11 @@ def add_heads(model: Any, reference: Any, config: PreferenceConfig, source: str 
     """
     exist = {"beta_head": config.add_beta_head, "disco_head": config.add_disco_head}
     read = {"beta_head": model if reference is None else reference, "disco_head": model}
-    for name, kind in HEADS.items():
+    for name, exists in exist.items():
+        kind = HEADS[name]
         _, size = head_shape(causal_lm(read[name]))
         make = partial(BetaHead, size, config.beta_head) if kind is BetaHead else partial(DiscoHead, size)
-        _settle_head(model, kind, make, size, exist[name], source)
+        _settle_head(model, kind, make, size, exists, source)
     beta_head = heads_of(model).get("beta_head")
     if beta_head is not None and config.beta_head_config is not None and beta_head.config != config.beta_head:
         raise ValueError(
@@ -127,6 +128,21 @@ def add_reward_head(model: Any, config: PreferenceConfig, source: str | None) ->
     size = causal_lm(model).config.get_text_config().hidden_size
     _settle_head(model, DiscoHead, partial(DiscoHead, size), size, config.add_disco_head, source)
     _train_used(model, config)
+
+
+def add_value_head(model: Any, source: str | None) -> None:
+    """Give a model the value head of PPO, to be trained. After `add_heads`, which leaves it untrained.
+
+    Args:
+        model: a causal LM, possibly with PEFT adapters, and with the head.
+        source: where the model came from and its head may be saved.
+
+    Raises:
+        ValueError: the head that is there takes other hidden states.
+    """
+    _, size = head_shape(causal_lm(model))
+    _settle_head(model, ValueHead, partial(ValueHead, size), size, True, source)
+    heads_of(model)[ValueHead.name].requires_grad_(True)
 
 
 def check_optimizer(optimizer: Any, model: Any) -> None:
@@ -164,7 +180,7 @@ def _settle_head(
 def _train_used(model: Any, config: PreferenceConfig) -> None:
     used = {"beta_head": config.beta_mode == "dynamic_scaling", "disco_head": "disco" in config.comparisons}
     for name, head in heads_of(model).items():
-        head.requires_grad_(used[name])
+        head.requires_grad_(used.get(name, False))
 
 
 def _save_heads_with(model: Any) -> None:

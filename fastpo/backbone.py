@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn, segment_reduce
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
@@ -20,8 +21,8 @@ from transformers.utils import ModelOutput
 from fastpo.adapters import as_reference, check_head_lora, head_lora
 from fastpo.attention import PACKS_BY_POSITION, SDPA_PATHS
 from fastpo.layout import IGNORED, Rows, positions, prompts, responses, shared_lengths, sides
-from fastpo.ops import joint_linear_sequence_stats, linear_logps, linear_sequence_stats
-from fastpo.types import AnySequenceStats, ExtendedSequenceStats, SequenceStats
+from fastpo.ops import joint_linear_logps, joint_linear_sequence_stats, linear_logps, linear_sequence_stats
+from fastpo.types import AnySequenceStats, ExtendedSequenceStats, SequenceStats, TokenStats
 from fastpo.vocab_parallel import mean_gradient
 
 # A batch's fields that a model reads.
@@ -47,6 +48,13 @@ class Wanted:
         log_s: the Beta head's answer.
         one_side_at_a_time: hold the activations of the chosen or of the rejected responses, never both; the backward
             runs each forward again.
+        tokens: log-prob and entropy of each token of padded rows; those of the sequences are then their sums and means.
+        values: the value head's estimate before each token of padded rows.
+        temperature: of the responses' distribution, policy's and reference's: that from which they were sampled. The
+            features of prompts know none.
+
+    Raises:
+        ValueError: tokens are wanted together with what is known of sequences and pairs alone.
     """
 
     shared_logps: bool = False
@@ -59,6 +67,16 @@ class Wanted:
     prompt_rows: int = 0
     log_s: bool = False
     one_side_at_a_time: bool = False
+    tokens: bool = False
+    values: bool = False
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        of_pairs = ("shared_logps", "one_side_at_a_time") * self.tokens
+        of_sequences = ("log_sum_sq_probs", "top1", "mean_logits") * self.tokens
+        for name in (*of_pairs, *of_sequences):
+            if getattr(self, name):
+                raise ValueError(f"{name} must be False with tokens=True, got True")
 
     @property
     def extras(self) -> tuple[str, ...]:
@@ -87,6 +105,11 @@ class StatsOutput(ModelOutput):
     prompt_perplexity: Tensor | None = None  # (prompt_rows,)
     prompt_entropy: Tensor | None = None  # (prompt_rows,) mean over the prompt, divided by log V
     log_s: Tensor | None = None  # (B,) of the Beta head
+    # (R, T), in nats, of the token at t given those before it; 0 where completion_mask is, and at t = 0.
+    token_logps: Tensor | None = None
+    token_entropy: Tensor | None = None
+    ref_token_logps: Tensor | None = None
+    values: Tensor | None = None  # (R, T) of the value head before the token at t, from the hidden state at t - 1
 
     def sequence_stats(self) -> AnySequenceStats:
         return ExtendedSequenceStats(*(self.get(name) for name in ExtendedSequenceStats._fields))
@@ -226,11 +249,12 @@ class _Head(NamedTuple):
     options: dict[str, Any]  # of the ops
 
     @classmethod
-    def of(cls, lm: Any, hidden: Tensor) -> "_Head":
+    def of(cls, lm: Any, hidden: Tensor, temperature: float = 1.0) -> "_Head":
         weight, bias = head_parameters(lm)
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(weight.dtype)  # norms kept in fp32 (k-bit training) feed a 16-bit head
-        options = {"ignore_index": IGNORED, **logit_options(lm.config.get_text_config())}
+        transform = {**logit_options(lm.config.get_text_config()), "temperature": temperature}
+        options = {"ignore_index": IGNORED, **transform}
         return cls(hidden, weight, bias, head_lora(lm.get_output_embeddings(), hidden), options)
 
     def stats(self, rows: Rows, shared: Tensor | None, extras: tuple[str, ...] = ()) -> AnySequenceStats:
@@ -246,7 +270,7 @@ class _Head(NamedTuple):
         self, reference: "_Head", rows: Rows, shared: Tensor | None, extras: tuple[str, ...]
     ) -> tuple[AnySequenceStats, ...]:
         """Its statistics, with extras, and the reference's; in one pass where both have the same head."""
-        if self.weight is not reference.weight or self.bias is not reference.bias or self.lora is not None:
+        if not self._joins(reference):
             return self.stats(rows, shared, extras), reference.stats(rows, shared)
         ends = rows.ends if shared is None else rows.split_ends(shared)
         found = joint_linear_sequence_stats(
@@ -254,6 +278,21 @@ class _Head(NamedTuple):
             **self.options,
         )  # fmt: skip
         return tuple(stats if shared is None else _joined(stats) for stats in (found.policy, found.reference))
+
+    def tokens(self, rows: Rows) -> TokenStats:
+        """Statistics (K,) of what each row predicts."""
+        return linear_logps(self.hidden, self.weight, rows.labels, self.bias, lora=self.lora, **self.options)
+
+    def tokens_beside(self, reference: "_Head", rows: Rows) -> tuple[TokenStats, TokenStats]:
+        """Its statistics and the reference's, as `stats_beside`."""
+        if not self._joins(reference):
+            return self.tokens(rows), reference.tokens(rows)
+        joint = joint_linear_logps(self.hidden, reference.hidden, self.weight, rows.labels, self.bias, **self.options)
+        return joint.policy, joint.reference
+
+    def _joins(self, reference: "_Head") -> bool:
+        """Whether one pass over the head can serve both."""
+        return self.weight is reference.weight and self.bias is reference.bias and self.lora is None
 
 
 def _stats_forward(
@@ -282,6 +321,8 @@ def _side_stats(
     features: tuple[str, ...],
 ) -> dict[str, Tensor]:
     """Fields of `StatsOutput`, of one side or of both; features of the prompt only as far as named."""
+    if (wanted.tokens or wanted.values) and "paths" in batch:
+        raise ValueError("tokens and values must be asked of a padded batch (completion_mask), got one with paths")
     rows = responses(batch)
     found: dict[str, Tensor] = {}
     reference: _Head | None = None
@@ -289,7 +330,7 @@ def _side_stats(
         # First, so that its activations are gone before the policy's come.
         with as_reference(lm):
             hidden = _hidden_states(lm, batch, others)
-            reference = _Head.of(lm, rows.of(hidden))
+            reference = _Head.of(lm, rows.of(hidden), wanted.temperature)
             found |= _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
             features = ()
             if wanted.one_side_at_a_time:  # whose policy is run twice
@@ -298,16 +339,12 @@ def _side_stats(
 
     def policy() -> dict[str, Tensor]:
         hidden = _hidden_states(lm, batch, others)
-        head = _Head.of(lm, rows.of(hidden))
-        own: dict[str, Tensor] = {}
-        if reference is None:
-            stats = head.stats(rows, shared, wanted.extras)
-        else:
-            stats, beside = head.stats_beside(reference, rows, shared, wanted.extras)
-            own |= _of_reference(beside)
-        own |= _named(stats)
+        head = _Head.of(lm, rows.of(hidden), wanted.temperature)
+        own = _token_fields(head, reference, rows) if wanted.tokens else _fields(head, reference, rows, shared, wanted)
         if wanted.variance:
             own["mean"], own["variance"] = lm.disco_head(hidden.flatten(0, 1)[rows.last])
+        if wanted.values:
+            own["values"] = _values(lm, hidden, rows)
         return own | _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
 
     if wanted.one_side_at_a_time and torch.is_grad_enabled():
@@ -328,6 +365,48 @@ def _hidden_states(lm: Any, batch: Mapping[str, Tensor], others: dict[str, Any])
             )
         inputs["position_ids"] = positions(batch)
     return lm.base_model(**inputs, use_cache=False, **others)[0]
+
+
+def _fields(
+    head: _Head, reference: _Head | None, rows: Rows, shared: Tensor | None, wanted: Wanted
+) -> dict[str, Tensor]:
+    """Fields of `StatsOutput` of sequences, of a policy's head and of a reference's beside it."""
+    if reference is None:
+        return _named(head.stats(rows, shared, wanted.extras))
+    stats, beside = head.stats_beside(reference, rows, shared, wanted.extras)
+    return _named(stats) | _of_reference(beside)
+
+
+def _token_fields(head: _Head, reference: _Head | None, rows: Rows) -> dict[str, Tensor]:
+    """The same with those of tokens, of which those of sequences are made."""
+    if reference is None:
+        stats, beside = head.tokens(rows), None
+    else:
+        stats, beside = head.tokens_beside(reference, rows)
+    count = rows.lengths.clamp(min=1)
+
+    def summed(tokens: TokenStats) -> tuple[Tensor, Tensor, SequenceStats]:
+        logps, entropy = (_at_tokens(x, rows) for x in tokens)
+        return logps, entropy, SequenceStats(logps.sum(dim=1), rows.lengths, entropy.sum(dim=1) / count)
+
+    logps, entropy, sequences = summed(stats)
+    found = {"token_logps": logps, "token_entropy": entropy, **_named(sequences)}
+    if beside is not None:
+        found["ref_token_logps"], _, sequences = summed(beside)
+        found |= _of_reference(sequences)
+    return found
+
+
+def _values(lm: Any, hidden: Tensor, rows: Rows) -> Tensor:
+    """(R, T) of the value head; rows that predict nothing that counts are not read."""
+    keep = rows.labels != IGNORED
+    values = lm.value_head(rows.of(hidden)[keep])
+    return _at_tokens(values.new_zeros(keep.shape).masked_scatter(keep, values), rows)
+
+
+def _at_tokens(predicted: Tensor, rows: Rows) -> Tensor:
+    """(R, T) at each token, of (R * T,) at the row that predicts it."""
+    return F.pad(predicted.view(len(rows.lengths), -1)[:, :-1], (1, 0))
 
 
 def _named(stats: AnySequenceStats) -> dict[str, Tensor]:

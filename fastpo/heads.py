@@ -1,6 +1,6 @@
-"""Small networks beside the language model: the Beta head s(x) and the Disco head (mean, variance).
+"""Small networks beside the language model: the Beta head s(x), the Disco head (mean, variance), the value head.
 
-Both are made in fp32 whatever the model's dtype and answer in at least that; they are kept beside a model as
+All are made in fp32 whatever the model's dtype and answer in at least that; they are kept beside a model as
 NAME.safetensors and NAME_config.json.
 """
 
@@ -226,10 +226,7 @@ class DiscoHead(Head):
         Raises:
             ValueError: hidden has another shape.
         """
-        if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.shape[1] != self.input_size:
-            raise ValueError(f"hidden must be a tensor of shape (R, {self.input_size}), got {_shape(hidden)}")
-        with torch.autocast(hidden.device.type, enabled=False):
-            mean, spread = _at_least_fp32(self.linear(hidden.to(self.linear.weight.dtype))).unbind(dim=1)
+        mean, spread = _linear(self.linear, hidden, self.input_size).unbind(dim=1)
         return mean, F.softplus(spread) + LEAST_VARIANCE
 
     def settings(self) -> dict[str, Any]:
@@ -238,6 +235,49 @@ class DiscoHead(Head):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Self:
         return cls(**settings)
+
+
+class ValueHead(Head):
+    """Expected return from a state on, from the trained model's hidden state there; 0 at the start.
+
+    Its loss reaches the backbone too, as in PPO with one network for policy and value: a detached linear map could
+    only read what the policy happens to keep. `vf_coef` says how much of that gradient the backbone sees.
+
+    Args:
+        input_size: D of the model's hidden states.
+    """
+
+    name = "value_head"
+
+    def __init__(self, input_size: int) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.linear = nn.Linear(input_size, 1).float()
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Value (R,), fp32, of hidden (R, D); differentiable in hidden.
+
+        Raises:
+            ValueError: hidden has another shape.
+        """
+        return _linear(self.linear, hidden, self.input_size)[:, 0]
+
+    def settings(self) -> dict[str, Any]:
+        return {"input_size": self.input_size}
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> Self:
+        return cls(**settings)
+
+
+def _linear(linear: nn.Linear, hidden: Tensor, size: int) -> Tensor:
+    """(R, outputs), at least fp32, of hidden (R, size) in any dtype."""
+    if not isinstance(hidden, Tensor) or hidden.dim() != 2 or hidden.shape[1] != size:
+        raise ValueError(f"hidden must be a tensor of shape (R, {size}), got {_shape(hidden)}")
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _at_least_fp32(linear(hidden.to(linear.weight.dtype)))
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:
