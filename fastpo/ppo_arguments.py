@@ -72,6 +72,8 @@ class PPOTrainingArguments(SamplingFields, PreferenceTrainingArguments):  # type
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.reward_funcs, str):  # one name in a recipe
+            self.reward_funcs = [self.reward_funcs]
         if self.stage != "ppo":
             raise ValueError(f"stage must be ppo for PPOTrainingArguments, got {self.stage!r}")
         self._check_refused()
@@ -160,7 +162,3 @@ class PPOTrainingArguments(SamplingFields, PreferenceTrainingArguments):  # type
                 f"(max_completion_length={self.max_completion_length}), got {self.max_length}"
             )
 
-
-def reward_names(value: Any) -> list[str]:
-    """One name or several, as a list."""
-    return [value] if isinstance(value, str) else list(value or [])

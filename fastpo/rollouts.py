@@ -1,0 +1,113 @@
+"""Rollouts: which prompts a step takes, the completions drawn of them, and the padded batch they make."""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from fastpo.data import Text
+from fastpo.generation import Completion, Sampling, generate
+
+
+class PromptSampler(Sampler[int]):
+    """Dataset rows in the order in which steps take them: each step's prompts, as often as its rollouts are used.
+
+    The last step of an epoch is filled up with the first prompts of the same order. Where an epoch starts depends on
+    the steps that are done, so that a resumed run goes on in the same order.
+
+    Args:
+        rows: of the dataset.
+        per_step: prompts of a step, on all processes and in all micro-batches.
+        repeats: steps that use the same rollouts.
+        seed: of the order.
+        shuffle: whether there is another order in every epoch, or that of the dataset.
+        steps_done: called when an epoch starts.
+    """
+
+    def __init__(
+        self, rows: int, per_step: int, repeats: int, seed: int, shuffle: bool, steps_done: Callable[[], int]
+    ) -> None:
+        self.rows, self.per_step, self.repeats = rows, per_step, repeats
+        self.seed, self.shuffle, self.steps_done = seed, shuffle, steps_done
+
+    def __len__(self) -> int:
+        return math.ceil(self.rows / self.per_step) * self.per_step * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.steps_done() * self.per_step // len(self)
+        order = list(range(self.rows))
+        if self.shuffle:
+            random.Random(f"order {self.seed} {epoch}").shuffle(order)
+        for first in range(0, self.rows, self.per_step):
+            step = [order[i % self.rows] for i in range(first, first + self.per_step)]
+            yield from step * self.repeats
+
+
+def rollout_seed(*parts: int | str) -> int:
+    """A seed of its own for each batch that completions are drawn of."""
+    return random.Random(" ".join(map(str, parts))).getrandbits(63)
+
+
+class Drawn(NamedTuple):
+    """R completions, those of a prompt one after the other.
+
+    Attributes:
+        rows: (R) dataset rows, with prompt, prompt_ids, index.
+        completions: (R) token ids, and whether each is finished.
+        said: (R) the same in the form of the prompt, text or one message.
+    """
+
+    rows: list[Mapping[str, Any]]
+    completions: list[Completion]
+    said: list[Text]
+
+    def columns(self) -> dict[str, list[Any]]:
+        """Further columns of the dataset, for reward functions."""
+        names = [name for name in self.rows[0] if name not in ("prompt", "prompt_ids")]
+        return {name: [row[name] for row in self.rows] for name in names}
+
+
+def draw(
+    model: Any, rows: Sequence[Mapping[str, Any]], tokenizer: Any, sampling: Sampling, *, generations: int, seed: int
+) -> Drawn:
+    """So many completions of each row's prompt.
+
+    Args:
+        model, sampling, seed: as in `generate`.
+        rows: with prompt and prompt_ids, as `tokenize_prompts` makes them.
+        generations: completions of each prompt.
+    """
+    repeated = [row for row in rows for _ in range(generations)]
+    completions = generate(
+        model, [row["prompt_ids"] for row in repeated], sampling, seed=seed, pad_token_id=padding_of(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    said: list[Text] = []
+    for row, completion in zip(repeated, completions, strict=True):
+        text = tokenizer.decode(completion.ids, skip_special_tokens=True)
+        said.append(text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}])
+    return Drawn(repeated, completions, said)
+
+
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills a batch up; it is never attended to."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def padded(drawn: Drawn, pad_token_id: int, device: Any) -> dict[str, Tensor]:
+    """input_ids, attention_mask, completion_mask (R, T) int64, padded on the right, and index (R,)."""
+    pairs = [(row["prompt_ids"], said.ids) for row, said in zip(drawn.rows, drawn.completions, strict=True)]
+    ids = torch.full((len(pairs), max(len(prompt) + len(said) for prompt, said in pairs)), pad_token_id)
+    attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (prompt, said) in enumerate(pairs):
+        end = len(prompt) + len(said)
+        ids[row, :end] = torch.tensor([*prompt, *said])
+        attention[row, :end] = 1
+        completion[row, len(prompt) : end] = 1
+    index = torch.tensor([row["index"] for row in drawn.rows])
+    batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion, "index": index}
+    return {name: x.to(device) for name, x in batch.items()}
