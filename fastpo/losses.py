@@ -125,10 +125,10 @@ def preference_loss(
             "logps/rejected": rejected.logps.mean(),
             "entropy/chosen": chosen.entropy.mean(),
             "entropy/rejected": rejected.entropy.mean(),
-            **_spread("beta", b),
-            **({} if phi is None else _spread("phi", phi)),
-            **({} if variance is None else _spread("variance", variance)),
-            **({} if weight is None else _spread("pair_weight", weight)),
+            **spread("beta", b),
+            **({} if phi is None else spread("phi", phi)),
+            **({} if variance is None else spread("variance", variance)),
+            **({} if weight is None else spread("pair_weight", weight)),
         }
     return LossOutput(loss, losses, chosen_rewards, rejected_rewards, chosen_rewards - rejected_rewards, metrics)
 
@@ -178,7 +178,7 @@ def reward_model_loss(
         losses = losses + weight * _smoothed(name, z, params, config.label_smoothing)
     with torch.no_grad():
         rewards = chosen_mean.detach(), rejected_mean.detach()
-        metrics = _reward_metrics(*rewards) | ({} if variance is None else _spread("variance", variance))
+        metrics = _reward_metrics(*rewards) | ({} if variance is None else spread("variance", variance))
     return LossOutput(losses.mean(), losses, *rewards, rewards[0] - rewards[1], metrics)
 
 
@@ -262,7 +262,7 @@ def _reward_metrics(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _spread(name: str, values: Tensor) -> dict[str, Tensor]:
+def spread(name: str, values: Tensor) -> dict[str, Tensor]:
     return {
         f"{name}/mean": values.mean(),
         f"{name}/std": values.std(correction=0),

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastpo.config import PreferenceConfig
-from fastpo.losses import gaussian_prior, preference_loss, reward_model_loss
+from fastpo.losses import gaussian_prior, preference_loss, reward_model_loss, spread
+from fastpo.policy_gradient import clipped_loss, clipped_tokens, dual_beta_loss, value_loss
 from fastpo.regularizers import regularizer_loss
 from fastpo.schedules import RunningMeans
 from fastpo.scores import per_length
@@ -140,5 +141,85 @@ def sft_stage(policy: AnySequenceStats, *, totals: StepTotals | None = None) -> 
             "entropy/chosen": policy.entropy.mean(),
             "nll/chosen": losses.mean(),
         }
+    zeros = torch.zeros_like(losses)
+    return LossOutput(loss, losses, zeros, zeros, zeros, {name: value.detach() for name, value in metrics.items()})
+
+
+def ppo_stage(
+    logps: Tensor,
+    old_logps: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    epsilon: float,
+    epsilon_high: float | None = None,
+    entropy: Tensor | None = None,
+    kl: Tensor | None = None,
+    values: Tensor | None = None,
+    old_values: Tensor | None = None,
+    returns: Tensor | None = None,
+    vf_coef: float = 0.5,
+    vf_epsilon: float | None = None,
+    beta: float | Tensor,
+    log_s: Tensor | None = None,
+    s_max: float | None = None,
+    kl_target: float | None = None,
+    totals: StepTotals | None = None,
+) -> LossOutput:
+    """Clipped policy loss of R completions, with the loss of the values and the dual loss of s(x) where they are given.
+
+    A mean over the tokens of the optimiser step, so that every token counts the same whatever its micro-batch and the
+    length of its completion; the dual loss is a mean over its rows. The penalty on the KL is in the advantages.
+
+    Args:
+        logps: (R, T) log-prob of each token under the policy, differentiable.
+        old_logps, advantages, mask, epsilon, epsilon_high: as in `clipped_loss`.
+        entropy: (R, T) of each token's distribution, for the metrics.
+        kl: (R, T) of each token when it was sampled, as of `token_kl`; for the metrics and the dual loss.
+        values: (R, T) of the value head, differentiable; None: advantages come from groups.
+        old_values, returns: (R, T) as in `value_loss`, with values.
+        vf_coef, vf_epsilon: weight of the value loss, and its clip.
+        beta: the base value at this step, or one of each row (R,).
+        log_s: (R,) of the Beta head, for each row's prompt; None: beta is fixed.
+        s_max: bound of s(x), for its metrics.
+        kl_target: in nats a completion: s(x) is trained by the dual loss; None: it is frozen.
+        totals: what to divide by; None: this batch alone.
+
+    Returns:
+        LossOutput: losses (R,) are means over the row's tokens, without the dual loss; there are no pairs, so that
+        rewards and margins are 0.
+
+    Raises:
+        ValueError: an argument is misshapen, out of range, or missing beside another.
+    """
+    kept = mask.bool()
+    count = kept.sum().clamp(min=1)
+    losses, clip_ratio = clipped_loss(logps, old_logps, advantages, mask, epsilon, epsilon_high)
+    clipped = clipped_tokens(logps, old_logps, advantages, mask, epsilon, epsilon_high)
+    metrics = {
+        "policy_loss": losses.sum() / count,
+        "clip_ratio/low_mean": (clipped & (advantages < 0)).sum() / count,
+        "clip_ratio/high_mean": (clipped & (advantages > 0)).sum() / count,
+        "clip_ratio/region_mean": clip_ratio,
+        **spread("beta", (torch.zeros_like(logps[:, 0]) if log_s is None else log_s.detach()).exp() * beta),
+        **({} if log_s is None else _spread_of_s(log_s, s_max)),
+    }
+    for name, tokens in (("kl", kl), ("entropy", entropy)):
+        if tokens is not None:
+            metrics[name] = torch.where(kept, tokens, 0).sum() / count
+    if values is not None:
+        if old_values is None or returns is None:
+            raise ValueError("values must come with old_values and returns, got None")
+        errors = value_loss(values, old_values, returns, mask, vf_epsilon)
+        metrics["value_loss"] = errors.sum() / count
+        losses = losses + vf_coef * errors
+    loss = losses.sum() / (count if totals is None else totals.tokens)
+    if kl_target is not None:
+        if log_s is None or kl is None:
+            raise ValueError("kl_target must come with log_s and kl, of which the dual loss is made, got None")
+        dual = dual_beta_loss(log_s, beta, torch.where(kept, kl, 0).sum(dim=1), kl_target)
+        metrics["dual_loss"] = dual.mean()
+        loss = loss + dual.sum() / (len(dual) if totals is None else totals.rows)
+    losses = losses.sum(dim=1) / kept.sum(dim=1).clamp(min=1)
     zeros = torch.zeros_like(losses)
     return LossOutput(loss, losses, zeros, zeros, zeros, {name: value.detach() for name, value in metrics.items()})

@@ -131,8 +131,9 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastpo.heads": ({"fastpo.config", "fastpo.ops", "fastpo.types"}, {"huggingface_hub", "safetensors", "torch"}),
     "fastpo.regularizers": ({"fastpo.config", "fastpo.ops", "fastpo.schedules", "fastpo.types"}, {"torch"}),
+    "fastpo.policy_gradient": (set(), {"torch"}),
     "fastpo.stages": (
-        {"fastpo.config", "fastpo.heads", "fastpo.links", "fastpo.losses", "fastpo.ops"}
+        {"fastpo.config", "fastpo.heads", "fastpo.links", "fastpo.losses", "fastpo.ops", "fastpo.policy_gradient"}
         | {"fastpo.regularizers", "fastpo.schedules", "fastpo.scores", "fastpo.types"},
         {"torch"},
     ),
@@ -165,6 +166,7 @@ NEVER_REACHES: dict[str, tuple[str, ...]] = {
     "fastpo.kernels.fused": ("fastpo.kernels.chunked",),
     "fastpo.scores": HUGGING_FACE,
     "fastpo.losses": HUGGING_FACE,
+    "fastpo.policy_gradient": HUGGING_FACE,
     "fastpo.stages": HUGGING_FACE,
     "fastpo.memory": HUGGING_FACE,
     "fastpo": ("bench", "tests"),
