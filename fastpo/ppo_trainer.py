@@ -24,7 +24,8 @@ from fastpo.adapters import add_adapter, check_adapter
 from fastpo.architecture import add_heads, add_value_head, check_optimizer, heads_of, without_heads
 from fastpo.backbone import StatsOutput, Wanted, causal_lm, head_shape, install_stats_forward, model_stats
 from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
-from fastpo.policy_gradient import gae, group_advantages, ppo_stage, token_kl, token_rewards
+from fastpo.losses import spread
+from fastpo.policy_gradient import gae, group_advantages, token_kl, token_rewards, whitened
 from fastpo.ppo_arguments import PPOTrainingArguments
 from fastpo.prompts import tokenize_prompts
 from fastpo.reference_model import Reference
@@ -32,6 +33,7 @@ from fastpo.reward_functions import load_reward_function
 from fastpo.rewards import RewardSource, RewardSum
 from fastpo.rollouts import PromptSampler, draw, padded, padding_of, rollout_seed
 from fastpo.stage_trainer import StageTrainer, check_vocabulary, use_one_gpu
+from fastpo.stages import ppo_stage
 from fastpo.types import LossOutput, StepTotals
 
 BETA_SCALE = "beta_scale"  # column of the dataset
@@ -169,6 +171,8 @@ class PPOTrainer(StageTrainer):
                 self._with_advantages(self.roll_out(rows, self.args.num_generations, self._seed(step, number)))
                 for number, rows in enumerate(batches)
             ]
+            if self.args.advantage == "gae":
+                _whiten(self._rollouts)
         return list(self._rollouts), self._totals(self._rollouts)
 
     def _seed(self, step: int | str, number: int) -> int:
@@ -181,8 +185,8 @@ class PPOTrainer(StageTrainer):
 
         Returns:
             input_ids, attention_mask, completion_mask (R, T), index (R,); loss_mask (R, T), 1 on the tokens that train;
-            old_logps, ref_logps, kl (R, T), in nats, and with a value head values (R, T); rewards, beta (R,); prompt:
-            features of the prompt for a Beta head that trains; metrics.
+            old_logps, ref_logps, kl (R, T), in nats, and with a value head values (R, T); rewards, beta (R,), base_beta
+            (R,) before s(x), and with a Beta head log_s (R,); prompt: features for a Beta head that trains; metrics.
         """
         args, training = self.args, self.model.training
         self.model.eval()
@@ -199,19 +203,17 @@ class PPOTrainer(StageTrainer):
         mask = batch["completion_mask"]
         finished = torch.tensor([said.finished for said in drawn.completions], device=args.device)
         rewards = scored.rewards.to(args.device)
-        beta = torch.full_like(rewards, self.base_beta())
-        if policy.log_s is not None:
-            beta = beta * policy.log_s.exp()
+        base_beta = torch.full_like(rewards, self.base_beta())
         if BETA_SCALE in drawn.rows[0]:
-            beta = beta * torch.tensor([row[BETA_SCALE] for row in drawn.rows]).to(beta)
+            base_beta *= torch.tensor([row[BETA_SCALE] for row in drawn.rows]).to(base_beta)
         kl = token_kl(policy.token_logps, ref_logps, mask, args.kl_estimator)
         batch |= {
             "loss_mask": mask * finished[:, None] if args.mask_truncated_completions else mask,
-            "old_logps": policy.token_logps, "ref_logps": ref_logps, "kl": kl, "rewards": rewards, "beta": beta,
+            "old_logps": policy.token_logps, "ref_logps": ref_logps, "kl": kl, "rewards": rewards,
+            "base_beta": base_beta, "beta": base_beta if policy.log_s is None else base_beta * policy.log_s.exp(),
             "prompt": prompt if args.kl_target is not None else {},
+            **{name: policy[name] for name in ("log_s", "values") if name in policy},
         }  # fmt: skip
-        if policy.values is not None:
-            batch["values"] = policy.values
         batch["metrics"] = _metrics(batch, policy, finished, generations)
         batch["metrics"] |= {f"rewards/{name}/mean": part.nanmean() for name, part in scored.parts.items()}
         if scored.sigma is not None:
@@ -267,18 +269,19 @@ class PPOTrainer(StageTrainer):
 
     def loss_output(self, model: nn.Module, inputs: dict[str, Any], totals: StepTotals | None = None) -> LossOutput:
         """The stage's `LossOutput` for a rollout on the model's device."""
-        args, learns = self.args, self.args.kl_target is not None
+        args, head = self.args, self.objective.beta_head
         wanted = Wanted(
-            tokens=True, values=args.advantage == "gae", temperature=args.temperature, log_s=learns
+            tokens=True, values="values" in inputs, temperature=args.temperature, log_s=args.kl_target is not None
         )
         policy = model_stats(model, inputs, wanted, inputs["prompt"] or None)
         found = ppo_stage(
-            logps=policy.token_logps, old_logps=inputs["old_logps"], advantages=inputs["advantages"],
-            mask=inputs["loss_mask"], epsilon=args.epsilon, epsilon_high=args.epsilon_high, totals=totals,
-            values=policy.values, returns=inputs.get("returns"), vf_coef=args.vf_coef, log_s=policy.log_s,
-            beta=self.base_beta(), kl=inputs["kl"].sum(1), kl_target=args.kl_target,
+            policy.token_logps, inputs["old_logps"], inputs["advantages"], inputs["loss_mask"], epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.values, old_values=inputs.get("values"),
+            returns=inputs.get("returns"), vf_coef=args.vf_coef, beta=inputs["base_beta"],
+            log_s=inputs.get("log_s") if policy.log_s is None else policy.log_s, s_max=head.s_max,
+            kl_target=args.kl_target, totals=totals,
         )  # fmt: skip
-        return found._replace(metrics=inputs["metrics"] | found.metrics)
+        return found._replace(metrics=found.metrics | inputs["metrics"])
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -347,22 +350,30 @@ def _reward_sum(given: RewardSource | Sequence[RewardSource] | None, args: PPOTr
     )
 
 
+def _whiten(rollouts: list[dict[str, Any]]) -> None:
+    """Shift and scale the advantages of a step to mean 0 and deviation 1 over its tokens."""
+    masks = [batch["completion_mask"].bool() for batch in rollouts]
+    tokens = torch.cat([batch["advantages"][mask] for batch, mask in zip(rollouts, masks, strict=True)])[None]
+    parts = whitened(tokens, torch.ones_like(tokens))[0].split([int(mask.sum()) for mask in masks])
+    for batch, mask, part in zip(rollouts, masks, parts, strict=True):
+        batch["advantages"] = batch["advantages"].masked_scatter(mask, part)
+
+
 def _metrics(batch: dict[str, Any], policy: StatsOutput, finished: Tensor, generations: int) -> dict[str, Tensor]:
     """What is logged of a rollout, by TRL's names."""
-    mask, rewards, beta = batch["completion_mask"], batch["rewards"], batch["beta"]
+    mask, rewards = batch["completion_mask"], batch["rewards"]
     lengths = mask.sum(dim=1).float()
     grouped = rewards.view(-1, generations)
     return {
         "reward": rewards.mean(),
         "reward_std": rewards.std(correction=0),
         "frac_reward_zero_std": (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean(),
-        "kl": batch["kl"].sum(dim=1).mean(),
+        "kl": batch["kl"].sum() / lengths.sum(),
+        "kl/completion": batch["kl"].sum(dim=1).mean(),
         "entropy": policy.token_entropy.sum() / lengths.sum(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": 1 - finished.float().mean(),
-        "beta/mean": beta.mean(),
-        "beta/min": beta.min(),
-        "beta/max": beta.max(),
+        **spread("beta", batch["beta"]),
     }
