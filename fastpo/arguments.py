@@ -95,13 +95,7 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
             )
         if self.prefix_sharing and self.split_responses:
             raise ValueError("prefix_sharing=True needs both responses at once: split_responses must be False")
-        if self.stage == "rm" and self.padding_free:
-            raise ValueError("padding_free must be False in stage rm, whose rows are padded, got True")
-        self._check_centering()
-        if self.stage != "dpo":
-            for name in ("prefix_sharing", "split_responses", "precompute_ref_log_probs"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} belongs to stage dpo, got stage={self.stage!r}")
+        self._check_stage()
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor must be 0 here (the objective has label_smoothing), "
@@ -114,13 +108,18 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
             self.dataloader_pin_memory = False  # nothing to pin for; torch warns at every loader
         super().__post_init__()
 
-    def _check_centering(self) -> None:
+    def _check_stage(self) -> None:
+        """What is asked for exists in the stage."""
+        if self.stage != "dpo":
+            for name in ("prefix_sharing", "split_responses", "precompute_ref_log_probs"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} belongs to stage dpo, got stage={self.stage!r}")
+        if self.stage == "rm" and self.padding_free:
+            raise ValueError("padding_free must be False in stage rm, whose rows are padded, got True")
         weight = self.center_rewards_coefficient
-        if weight is None:
-            return
-        if self.stage != "rm":
+        if weight is not None and self.stage != "rm":
             raise ValueError(f"center_rewards_coefficient belongs to stage rm, got stage={self.stage!r}")
-        if not 0 <= weight < math.inf:
+        if weight is not None and not 0 <= weight < math.inf:
             raise ValueError(f"center_rewards_coefficient must be >= 0 and finite, or None, got {weight!r}")
 
     @property
