@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastpo.backbone import install_stats_forward, model_stats
     from fastpo.collation import PreferenceCollator
     from fastpo.data import read_dataset
+    from fastpo.reward_trainer import RewardTrainer
     from fastpo.tokenization import tokenize_dataset
     from fastpo.trainer import PreferenceTrainer
 
@@ -34,6 +35,7 @@ _TRAINER_SIDE = {
     "PreferenceCollator": "fastpo.collation",
     "PreferenceTrainer": "fastpo.trainer",
     "PreferenceTrainingArguments": "fastpo.arguments",
+    "RewardTrainer": "fastpo.reward_trainer",
     "install_stats_forward": "fastpo.backbone",
     "load_heads": "fastpo.architecture",
     "model_stats": "fastpo.backbone",
@@ -54,6 +56,7 @@ __all__ = [
     "PreferenceConfig",
     "PreferenceTrainer",
     "PreferenceTrainingArguments",
+    "RewardTrainer",
     "SequenceStats",
     "StepTotals",
     "TokenStats",

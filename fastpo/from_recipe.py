@@ -14,6 +14,7 @@ from fastpo.data import find_form, read_dataset
 from fastpo.freezing import train_only
 from fastpo.integrations.llamafactory_recipes.datasets import CONVERSATION, read_named_datasets
 from fastpo.recipe import RecipeArguments
+from fastpo.reward_loading import load_reward_model, new_reward_model
 from fastpo.tokenization import tokenize_dataset
 from fastpo.tokenizer import train_tokenizer
 
@@ -92,12 +93,19 @@ def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, toke
     freezes asks for no gradient."""
     model, adapters = _model(recipe, args, tokenizer), _names(recipe.merge_adapters or [])
     for adapter in adapters:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = _merged(model, adapter, args.stage)
     model.merged_adapters = adapters  # for the model card: a new adapter does not load without them
     freeze(recipe, model)
     return model
+
+
+def _merged(model: Any, adapter: str, stage: str) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(adapter)
+    if stage == "rm" and config.task_type == "CAUSAL_LM":
+        config.task_type = None  # its layers are the backbone's, and what it has on an LM head has no place here
+    return PeftModel.from_pretrained(model, adapter, config=config).merge_and_unload()
 
 
 def freeze(recipe: RecipeArguments, model: Any) -> None:
@@ -112,13 +120,15 @@ def _model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer
     if recipe.load_in_4bit:
         extra["quantization_config"] = _four_bits(recipe.dtype)
     if recipe.model_name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(
+        load = load_reward_model if args.stage == "rm" else AutoModelForCausalLM.from_pretrained
+        return load(
             recipe.model_name_or_path, dtype=weights_dtype(recipe), trust_remote_code=recipe.trust_remote_code, **extra
         )
     config = model_config(recipe, tokenizer)
     set_seed(args.seed)
     dtype = {} if recipe.dtype == "auto" else {"dtype": recipe.dtype}
-    return AutoModelForCausalLM.from_config(config, **dtype, **extra)
+    make = new_reward_model if args.stage == "rm" else AutoModelForCausalLM.from_config
+    return make(config, **dtype, **extra)
 
 
 def model_config(recipe: RecipeArguments, tokenizer: Any) -> Any:
@@ -155,7 +165,7 @@ def build_reference(recipe: RecipeArguments) -> Any:
     )
 
 
-def build_peft_config(recipe: RecipeArguments) -> Any:
+def build_peft_config(recipe: RecipeArguments, stage: str = "dpo") -> Any:
     if not recipe.use_peft:
         return None
     from peft import LoraConfig
@@ -169,7 +179,7 @@ def build_peft_config(recipe: RecipeArguments) -> Any:
         modules_to_save=_names(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if stage == "rm" else "CAUSAL_LM",
     )
 
 
