@@ -13,8 +13,11 @@ from fastpo.chat_templates import set_chat_template
 from fastpo.data import find_form, read_dataset
 from fastpo.freezing import train_only
 from fastpo.integrations.llamafactory_recipes.datasets import CONVERSATION, read_named_datasets
+from fastpo.ppo_arguments import PPOTrainingArguments
+from fastpo.prompts import find_prompt
 from fastpo.recipe import RecipeArguments
 from fastpo.reward_loading import load_reward_model, new_reward_model
+from fastpo.rollouts import tokenized_prompts
 from fastpo.tokenization import tokenize_dataset
 from fastpo.tokenizer import train_tokenizer
 
@@ -33,7 +36,10 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
     """Training and held-out rows as they stand in the files; the held-out fraction depends on the seed alone."""
     assert recipe.dataset is not None
     train = _read_rows(recipe, recipe.dataset, recipe.dataset_split, seed, stage)
-    find_form(train.column_names, stage, recipe.dataset)
+    if stage == "ppo":
+        find_prompt(train.column_names, recipe.dataset)
+    else:
+        find_form(train.column_names, stage, recipe.dataset)
     # The rows' numbers in the file travel along, so that an error or a diverging loss names the right one.
     if "index" in train.column_names:
         train = train.remove_columns("index")
@@ -194,9 +200,15 @@ def tokenize_splits(
     """Tokenise here rather than in the trainer, so that rows are named by their file."""
     sources = (recipe.dataset, recipe.eval_dataset or recipe.dataset)
     return [
-        None if rows is None else tokenize_dataset(
-            rows, tokenizer, stage=args.stage, max_length=args.max_length, source=str(source),
-            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
-        )
+        None if rows is None else _tokenized(rows, str(source), args, tokenizer)
         for rows, source in zip(splits, sources, strict=True)
-    ]  # fmt: skip
+    ]
+
+
+def _tokenized(rows: Dataset, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Dataset:
+    if isinstance(args, PPOTrainingArguments):
+        return tokenized_prompts(rows, source, args, tokenizer)
+    return tokenize_dataset(
+        rows, tokenizer, stage=args.stage, max_length=args.max_length, source=source,
+        skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
+    )  # fmt: skip

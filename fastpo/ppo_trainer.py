@@ -9,7 +9,6 @@ is an optional extra here. (Its log-probs are fused too: that is no reason.)
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,16 +26,13 @@ from fastpo.loading import copied_reference, disable_dropout, load_models, prepa
 from fastpo.losses import spread
 from fastpo.policy_gradient import gae, group_advantages, token_kl, token_rewards, whitened
 from fastpo.ppo_arguments import PPOTrainingArguments
-from fastpo.prompts import tokenize_prompts
 from fastpo.reference_model import Reference
 from fastpo.reward_functions import load_reward_function
 from fastpo.rewards import RewardSource, RewardSum
-from fastpo.rollouts import PromptSampler, draw, padded, padding_of, rollout_seed
+from fastpo.rollouts import BETA_SCALE, PromptSampler, draw, padded, padding_of, rollout_seed, tokenized_prompts
 from fastpo.stage_trainer import StageTrainer, check_vocabulary, use_one_gpu
 from fastpo.stages import ppo_stage
 from fastpo.types import LossOutput, StepTotals
-
-BETA_SCALE = "beta_scale"  # column of the dataset
 
 
 class PPOTrainer(StageTrainer):
@@ -102,11 +98,11 @@ class PPOTrainer(StageTrainer):
         self.vocab_size, _ = head_shape(causal_lm(model))
         check_vocabulary(processing_class, causal_lm(model).config.get_text_config().vocab_size)
         with args.main_process_first(desc="tokenizing"):
-            train_dataset = tokenized(train_dataset, "train_dataset", args, processing_class)
+            train_dataset = tokenized_prompts(train_dataset, "train_dataset", args, processing_class)
             eval_dataset = (
-                {name: tokenized(part, name, args, processing_class) for name, part in eval_dataset.items()}
+                {name: tokenized_prompts(part, name, args, processing_class) for name, part in eval_dataset.items()}
                 if isinstance(eval_dataset, dict)
-                else tokenized(eval_dataset, "eval_dataset", args, processing_class)
+                else tokenized_prompts(eval_dataset, "eval_dataset", args, processing_class)
             )
         if ref_model is None and not has_adapter:
             with without_heads(model):
@@ -154,7 +150,7 @@ class PPOTrainer(StageTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         if isinstance(eval_dataset, Dataset):
-            eval_dataset = tokenized(eval_dataset, "eval_dataset", self.args, self.processing_class)
+            eval_dataset = tokenized_prompts(eval_dataset, "eval_dataset", self.args, self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
     # --- rollouts ---------------------------------------------------------------------------------------------------
@@ -252,7 +248,7 @@ class PPOTrainer(StageTrainer):
         counts = torch.tensor([rows, tokens], dtype=torch.float64, device=self.args.device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, "mean")
-        rows_total, tokens_total = counts.clamp(min=1).float()
+        rows_total, tokens_total = counts.clamp(min=1e-9).float()
         return StepTotals(rows_total, tokens_total)
 
     # --- loss -------------------------------------------------------------------------------------------------------
@@ -314,28 +310,6 @@ class PPOTrainer(StageTrainer):
 
     def _rollouts_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"rollouts_{self.args.process_index}.pt"
-
-
-def tokenized(dataset: Any, source: str, args: PPOTrainingArguments, tokenizer: Any) -> Dataset | None:
-    """The prompts as `PPOTrainer` takes them; `source` is what errors call them.
-
-    Raises:
-        TypeError, ValueError: no dataset, or rows of it cannot be used.
-    """
-    if dataset is None:
-        return None
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
-    if "prompt_ids" in dataset.column_names:
-        return dataset
-    rows = tokenize_prompts(
-        dataset, tokenizer, max_length=args.prompt_limit, source=source, skip_bad_rows=args.skip_bad_rows
-    )
-    if BETA_SCALE in rows.column_names:
-        for index, scale in zip(rows["index"], rows[BETA_SCALE], strict=True):
-            if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
-                raise ValueError(f"{source} row {index}: {BETA_SCALE!r} must be a finite number >= 0, got {scale!r}")
-    return rows
 
 
 def _reward_sum(given: RewardSource | Sequence[RewardSource] | None, args: PPOTrainingArguments) -> RewardSum:

@@ -6,11 +6,39 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
 from fastpo.data import Text
 from fastpo.generation import Completion, Sampling, generate
+from fastpo.ppo_arguments import PPOTrainingArguments
+from fastpo.prompts import tokenize_prompts
+
+
+BETA_SCALE = "beta_scale"  # column of the dataset
+
+
+def tokenized_prompts(dataset: Any, source: str, args: PPOTrainingArguments, tokenizer: Any) -> Any:
+    """Prompts as `PPOTrainer` takes them, None for None; `source` is what errors call them.
+
+    Raises:
+        TypeError, ValueError: no dataset, or rows of it cannot be used.
+    """
+    if dataset is None:
+        return None
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
+    if "prompt_ids" in dataset.column_names:
+        return dataset
+    rows = tokenize_prompts(
+        dataset, tokenizer, max_length=args.prompt_limit, source=source, skip_bad_rows=args.skip_bad_rows
+    )
+    if BETA_SCALE in rows.column_names:
+        for index, scale in zip(rows["index"], rows[BETA_SCALE], strict=True):
+            if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:
+                raise ValueError(f"{source} row {index}: {BETA_SCALE!r} must be a finite number >= 0, got {scale!r}")
+    return rows
 
 
 class PromptSampler(Sampler[int]):

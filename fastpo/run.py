@@ -22,6 +22,7 @@ from fastpo.from_recipe import (
 )
 from fastpo.memory import hand_back_what_is_freed
 from fastpo.plan import GB, PLANNED_STAGES, Planner
+from fastpo.ppo_trainer import PPOTrainer
 from fastpo.preemption import SaveOnSigterm
 from fastpo.recipe import RecipeArguments
 from fastpo.reporting import MetricsFile, draw_curves
@@ -61,6 +62,8 @@ def _trainer(
     """The stage's trainer."""
     if args.stage == "rm":
         return RewardTrainer(model=model, args=args, **named)
+    if args.stage == "ppo":
+        return PPOTrainer(model=model, ref_model=reference, args=args, **named)
     return PreferenceTrainer(model=model, ref_model=reference, args=args, **named)
 
 
