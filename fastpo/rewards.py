@@ -1,8 +1,7 @@
 """Rewards of completions, of functions and of reward models: their weighted sum, checked."""
 
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from fastpo.data import Text
 from fastpo.policy_gradient import risk_adjusted
+from fastpo.reward_functions import RewardFunction, function_rewards
 from fastpo.scoring import RewardModel
 
-RewardSource = Callable[..., Sequence[float | None]] | RewardModel | str | Path
+RewardSource = RewardFunction | RewardModel | str | Path
 
 
 class Scored(NamedTuple):
@@ -34,9 +34,8 @@ class RewardSum:
     """The weighted sum of rewards.
 
     Args:
-        sources: functions as in TRL, called with prompts, completions, completion_ids and the columns of the dataset,
-            each a list with one entry per completion, that return as many numbers, None where they do not apply;
-            `RewardModel`s, or the folders or names of such.
+        sources: functions (see `fastpo.reward_functions`), which also get completion_ids, and answer None where they
+            do not apply; `RewardModel`s, or the folders or names of such.
         weights: of each; None: 1.
         risk_aversion: kappa; Gaussian rewards count mean - kappa * deviation.
         max_length: in tokens, of prompt and completion before a reward model that is loaded here.
@@ -56,8 +55,8 @@ class RewardSum:
         device: Any = None,
     ) -> None:
         if not sources:
-            raise ValueError("reward_funcs must name at least one reward function or reward model, got none")
-        self.sources: dict[str, Callable[..., Any] | RewardModel] = {}
+            raise ValueError("reward_funcs or reward_model must name at least one reward, got none")
+        self.sources: dict[str, RewardFunction | RewardModel] = {}
         for source in sources:
             if isinstance(source, str | Path):
                 source = RewardModel(source, max_length=max_length, device=device)
@@ -92,7 +91,7 @@ class RewardSum:
             index: numbers of the dataset rows, for errors.
 
         Raises:
-            TypeError, ValueError: a function returns no list of as many numbers or None; none applies to a row.
+            ValueError: as `function_rewards`, where None is allowed; or a completion has no reward at all.
         """
         parts, sigmas = {}, []
         for name, source in self.sources.items():
@@ -101,12 +100,10 @@ class RewardSum:
                 if variance is not None:
                     sigmas.append(variance.sqrt())
                     mean = risk_adjusted(mean, variance, self.risk_aversion)
-                parts[name] = _checked(mean.tolist(), name, index)
+                parts[name] = _checked(mean, name, index)
             else:
-                given = source(
-                    prompts=list(prompts), completions=list(completions), completion_ids=list(completion_ids), **columns
-                )
-                parts[name] = _checked(given, name, index)
+                further = {**columns, "completion_ids": list(completion_ids)}
+                parts[name] = torch.tensor(function_rewards(source, prompts, completions, further, index, some=True))
         each = torch.stack(list(parts.values()))
         nowhere = each.isnan().all(dim=0)
         if nowhere.any():
@@ -119,27 +116,14 @@ class RewardSum:
         return Scored(total, parts, torch.stack(sigmas).mean(dim=0) if sigmas else None)
 
 
-def _checked(given: Any, name: str, index: Sequence[int]) -> Tensor:
-    """(R,) of what a function returned, NaN for None."""
-    if isinstance(given, Tensor) and given.dim() == 1:
-        given = given.tolist()
-    if not isinstance(given, list | tuple):
-        raise TypeError(f"reward function {name} must return a list of numbers, got {type(given).__name__}")
-    if len(given) != len(index):
-        raise ValueError(f"reward function {name} must return {len(index)} rewards, one per completion, got {len(given)}")
-    for row, reward in zip(index, given, strict=True):
-        if reward is None:
-            continue
-        try:
-            finite = math.isfinite(reward)
-        except TypeError:
-            finite = False
-        if not finite:
-            raise ValueError(
-                f"reward function {name} must return finite numbers or None, got {reward!r} for a completion of "
-                f"dataset row {row}"
-            )
-    return torch.tensor([torch.nan if reward is None else float(reward) for reward in given])
+def _checked(rewards: Tensor, name: str, index: Sequence[int]) -> Tensor:
+    bad = (~rewards.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"reward model {name} must give finite rewards, got {rewards[bad[0]].item()} for dataset row "
+            f"{index[bad[0]]}"
+        )
+    return rewards
 
 
 def _name_of(source: Any) -> str:
