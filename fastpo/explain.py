@@ -2,22 +2,32 @@
 
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 from fastpo.config import PreferenceConfig
 from fastpo.links import LINKS
 from fastpo.methods import METHODS
 
 
-def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None) -> str:
+def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None, ppo: Any = None) -> str:
     """Formula, words and warnings, as text.
 
     Args:
         config: the objective.
         stage: the stage of training.
         preset: the name of the method that it starts from, if any.
+        ppo: of stage ppo, its `PPOFields`.
     """
     if stage == "sft":
         return "stage sft: loss = -log pi(chosen), mean over the step's tokens; the objective's fields are not read."
+    if stage == "ppo":
+        return "\n\n".join(
+            "\n  ".join([title, *lines])
+            for title, lines in (
+                ("stage ppo", _ppo_formula(config, ppo)),
+                ("In words", (f"- {line}" for line in _ppo_words(config, ppo))),
+            )
+        )
     parts = {
         f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): _formula(config),
         "In words": (f"- {line}" for line in _words(config)),
@@ -116,6 +126,43 @@ def _head_words(config: PreferenceConfig) -> Iterator[str]:
         yield "Rewards are Gaussian: implicit rewards are the means, the Disco head gives the variances."
     elif config.add_disco_head:
         yield "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
+
+
+def _ppo_formula(config: PreferenceConfig, ppo: Any) -> Iterator[str]:
+    estimate = {"k1": "log pi - log ref", "k3": "ref/pi - 1 - log(ref/pi)"}[ppo.kl_estimator]
+    yield f"r_t   = -b * KL_t + [t is last] * r(x, y), KL_t = {estimate} ({ppo.kl_estimator})"
+    if ppo.risk_aversion:
+        yield f"r     = mean - {ppo.risk_aversion:g} * deviation, of Gaussian rewards"
+    yield f"b     = {_beta(config)}"
+    yield {
+        "rloo": "A     = G - mean of the other completions' G, G = sum of r_t",
+        "grpo": "A     = (G - mean of the prompt's G) / (their deviation + 1e-4), G = sum of r_t",
+        "gae": f"A     = sum of ({ppo.gamma:g} * {ppo.lam:g})^k (r_t+k + {ppo.gamma:g} V_t+k+1 - V_t+k), whitened",
+    }[ppo.advantage]
+    high = ppo.epsilon if ppo.epsilon_high is None else ppo.epsilon_high
+    terms = [f"-min(ratio A, clip(ratio, {1 - ppo.epsilon:g}, {1 + high:g}) A)"]
+    if ppo.advantage == "gae":
+        terms.append(f"{ppo.vf_coef:g} * (V - return)^2 / 2")
+    yield f"loss  = {' + '.join(terms)}, mean over the step's tokens"
+    if ppo.kl_target is not None:
+        yield f"        + -b * (KL - {ppo.kl_target:g}), mean over completions, KL = sum of KL_t: moves s(x) alone"
+
+
+def _ppo_words(config: PreferenceConfig, ppo: Any) -> Iterator[str]:
+    cut = f", top_p {ppo.top_p:g}" * (ppo.top_p < 1) + f", top_k {ppo.top_k}" * (ppo.top_k > 0)
+    yield (
+        f"Each step draws {ppo.num_generations} completions of each prompt, of at most {ppo.max_completion_length} "
+        f"tokens, at temperature {ppo.temperature:g}{cut}; {ppo.num_iterations} optimiser steps use them."
+    )
+    yield "The reference is the model before training, or without its adapter, or ref_model."
+    yield "A column beta_scale of the dataset multiplies b for its prompt."
+    if config.beta_mode == "dynamic_scaling":
+        how = "is frozen" if ppo.kl_target is None else f"rises where a prompt's KL is above {ppo.kl_target:g} nats"
+        yield f"s(x), of a Beta head on features of the prompt under the reference, {how}."
+    elif config.add_beta_head:
+        yield "A Beta head exists, is saved and loaded, and is not used: beta_mode is fixed."
+    if ppo.mask_truncated_completions:
+        yield "Completions that do not come to their end are left out of the loss."
 
 
 def bad_pairings(config: PreferenceConfig, preset: str | None = None) -> list[str]:

@@ -18,6 +18,7 @@ from fastpo.data import FILE_LOADERS
 from fastpo.explain import explain
 from fastpo.files import replacing
 from fastpo.methods import METHODS
+from fastpo.ppo_arguments import PPOFields
 from fastpo.reporting import TABLE_ROWS
 
 logger = logging.getLogger(__name__)
@@ -101,20 +102,25 @@ def _objective(trainer: Any, methods: list[str]) -> Iterator[str]:
     stage, objective = trainer.args.stage, trainer.objective
     for name in methods:
         yield f"The preset **{name}** ({_linked(METHODS[name].source)}): `{METHODS[name].formula}`\n"
-    yield f"This run, as `fastpo explain` says it:\n\n```\n{explain(objective, stage)}\n```"
-    changed = _changed(objective) if stage == "dpo" else {}
+    yield f"This run, as `fastpo explain` says it:\n\n```\n{explain(objective, stage, ppo=trainer.args)}\n```"
+    changed = _changed(objective) if stage in ("dpo", "ppo") else {}
+    if stage == "ppo":
+        fields = dataclasses.fields(PPOFields)
+        changed |= {f.name: x for f in fields if (x := getattr(trainer.args, f.name)) != f.default}
     if changed:
         yield "\n| parameter | value |\n|---|---|"
         yield from (f"| `{name}` | `{value!r}` |" for name, value in changed.items())
         yield "\nAll others have their default values."
     for name in heads_of(trainer.model):
         yield f"\nA head lies beside the model: `{name}.safetensors`, `{name}_config.json`."
-    if trainer.reference.pairs or trainer.reference.features:
+    if stage == "ppo" or trainer.reference.pairs or trainer.reference.features:
         yield f"\nReference: {_reference(trainer)}."
 
 
 def _reference(trainer: Any) -> str:
-    if not trainer.reference.lacking(getattr(trainer.train_dataset, "column_names", [])):
+    if trainer.args.stage == "dpo" and not trainer.reference.lacking(
+        getattr(trainer.train_dataset, "column_names", [])
+    ):
         return "its log-probs were computed before training"
     second = getattr(getattr(trainer.ref_model, "config", None), "_name_or_path", None)
     if second and second != getattr(causal_lm(trainer.model).config, "_name_or_path", None):
@@ -133,7 +139,7 @@ def _data(trainer: Any, name: str | None) -> Iterator[str]:
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     uses = {"to train on": trainer.train_dataset}
     uses |= {"held out" + f" ({part})" * bool(part): rows for part, rows in held_out.items()}
-    unit = "pairs" if trainer.args.stage == "dpo" else "rows"
+    unit = {"dpo": "pairs", "ppo": "prompts"}.get(trainer.args.stage, "rows")
     for use, rows in uses.items():
         if rows is not None:
             yield f"- {len(rows) if isinstance(rows, Sized) else 'streamed'} {unit} {use}"
@@ -143,7 +149,7 @@ def _training(trainer: Any) -> Iterator[str]:
     args = trainer.args
     yield f"{trainer.state.global_step} steps" + (f", {epochs:.2f} epochs" if (epochs := trainer.state.epoch) else "")
     per_device, accumulation, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
-    unit = "pairs" if args.stage == "dpo" else "rows"
+    unit = {"dpo": "pairs", "ppo": "completions"}.get(args.stage, "rows")
     yield (
         f"{per_device * accumulation * processes} {unit} a step: {per_device} a device, "
         f"{accumulation} accumulation steps, {processes} processes; at most {args.max_length} tokens each"

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.config import PreferenceConfig, option
@@ -137,7 +136,7 @@ def check_ppo_objective(objective: PreferenceConfig, fields: PPOFields) -> None:
 
 
 @dataclass
-class PPOTrainingArguments(PPOFields, PreferenceTrainingArguments):  # type: ignore[misc, valid-type]
+class PPOTrainingArguments(PPOFields, PreferenceTrainingArguments):
     """Arguments of `PPOTrainer`: those of `PreferenceTrainingArguments`, and those of `PPOFields`.
 
     ``per_device_train_batch_size`` counts completions, as in TRL.

@@ -4,12 +4,13 @@ A loop of its own over `transformers.Trainer`, and not a subclass of TRL's GRPOT
 PPO trainer; those two read one number ``beta`` inside private methods: GRPO adds it times a per-token KL to its loss
 (`_compute_loss`), RLOO subtracts it times the KL of the whole completion from the reward
 (`_generate_and_score_completions`). A coefficient per prompt, the Beta head on the reference's features, Gaussian
-rewards, values per token and exact resumption would mean to replace both methods, which is most of either class; and TRL
-is an optional extra here. (Its log-probs are fused too: that is no reason.)
+rewards, values per token and exact resumption would mean to replace both methods, which is most of either class; and
+TRL is an optional extra here. (Its log-probs are fused too: that is no reason.)
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +203,10 @@ class PPOTrainer(StageTrainer):
         base_beta = torch.full_like(rewards, self.base_beta())
         if BETA_SCALE in drawn.rows[0]:
             base_beta *= torch.tensor([row[BETA_SCALE] for row in drawn.rows]).to(base_beta)
-        kl = token_kl(policy.token_logps, ref_logps, mask, args.kl_estimator)
+        kl = token_kl(policy["token_logps"], ref_logps, mask, args.kl_estimator)
         batch |= {
             "loss_mask": mask * finished[:, None] if args.mask_truncated_completions else mask,
-            "old_logps": policy.token_logps, "ref_logps": ref_logps, "kl": kl, "rewards": rewards,
+            "old_logps": policy["token_logps"], "ref_logps": ref_logps, "kl": kl, "rewards": rewards,
             "base_beta": base_beta, "beta": base_beta if policy.log_s is None else base_beta * policy.log_s.exp(),
             "prompt": prompt if args.kl_target is not None else {},
             **{name: policy[name] for name in ("log_s", "values") if name in policy},
@@ -218,19 +219,21 @@ class PPOTrainer(StageTrainer):
 
     def _known(self, batch: dict[str, Tensor]) -> tuple[StatsOutput, Tensor, dict[str, Tensor]]:
         """The policy's statistics of a batch, log-probs of its tokens under the reference, features of the prompts."""
-        dynamic, temperature = self.objective.beta_mode == "dynamic_scaling", self.args.temperature
-        features = self.objective.beta_head.features if dynamic else ()
-        own = {"values": self.args.advantage == "gae", "log_s": dynamic}
-        asked = {"tokens": True, "temperature": temperature, "prompt": features, "prompt_rows": len(batch["index"])}
+        args, dynamic = self.args, self.objective.beta_mode == "dynamic_scaling"
+        asked = Wanted(
+            tokens=True, temperature=args.temperature, prompt_rows=len(batch["index"]),
+            prompt=self.objective.beta_head.features if dynamic else (),
+        )  # fmt: skip
+        own = dataclasses.replace(asked, values=args.advantage == "gae", log_s=dynamic)
         with self.accelerator.autocast():
             if self.ref_model is None:
-                policy = model_stats(self.model, batch, Wanted(reference=True, **asked, **own))
-                return policy, policy.ref_token_logps, policy.prompt_features()
+                policy = model_stats(self.model, batch, dataclasses.replace(own, reference=True))
+                return policy, policy["ref_token_logps"], policy.prompt_features()
             self.ref_model.eval()
-            reference = model_stats(self.ref_model, batch, Wanted(**asked))
+            reference = model_stats(self.ref_model, batch, asked)
             prompt = reference.prompt_features()
-            policy = model_stats(self.model, batch, Wanted(tokens=True, temperature=temperature, **own), prompt or None)
-            return policy, reference.token_logps, prompt
+            policy = model_stats(self.model, batch, dataclasses.replace(own, prompt=()), prompt or None)
+            return policy, reference["token_logps"], prompt
 
     def _with_advantages(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A rollout with advantages (R, T), and with a value head returns (R, T)."""
@@ -271,7 +274,7 @@ class PPOTrainer(StageTrainer):
         )
         policy = model_stats(model, inputs, wanted, inputs["prompt"] or None)
         found = ppo_stage(
-            policy.token_logps, inputs["old_logps"], inputs["advantages"], inputs["loss_mask"], epsilon=args.epsilon,
+            policy["token_logps"], inputs["old_logps"], inputs["advantages"], inputs["loss_mask"], epsilon=args.epsilon,
             epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.values, old_values=inputs.get("values"),
             returns=inputs.get("returns"), vf_coef=args.vf_coef, beta=inputs["base_beta"],
             log_s=inputs.get("log_s") if policy.log_s is None else policy.log_s, s_max=head.s_max,
@@ -316,9 +319,8 @@ def _reward_sum(given: RewardSource | Sequence[RewardSource] | None, args: PPOTr
     """The sum of the rewards that are given, or of those that the arguments name."""
     if given is None:
         models: list[RewardSource] = [] if args.reward_model is None else [args.reward_model]
-        sources: Sequence[RewardSource] = [*models, *map(load_reward_function, args.reward_funcs or [])]
-    else:
-        sources = list(given) if isinstance(given, list | tuple) else [given]
+        given = [*models, *map(load_reward_function, args.reward_funcs or [])]
+    sources: Any = given if isinstance(given, list | tuple) else [given]
     return RewardSum(
         sources, args.reward_weights, risk_aversion=args.risk_aversion, max_length=args.max_length, device=args.device
     )
@@ -344,7 +346,7 @@ def _metrics(batch: dict[str, Any], policy: StatsOutput, finished: Tensor, gener
         "frac_reward_zero_std": (grouped.amax(dim=1) == grouped.amin(dim=1)).float().mean(),
         "kl": batch["kl"].sum() / lengths.sum(),
         "kl/completion": batch["kl"].sum(dim=1).mean(),
-        "entropy": policy.token_entropy.sum() / lengths.sum(),
+        "entropy": policy["token_entropy"].sum() / lengths.sum(),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastpo.arguments import (
-    OBJECTIVE_NAMES,
     ObjectiveFields,
     PreferenceTrainingArguments,
     build_objective,
@@ -133,9 +132,7 @@ def parse_recipe(
     return parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
 
 
-def parse_objective(
-    path: str, overrides: list[str]
-) -> tuple[PreferenceConfig, str, str | None, PPOFields | None]:
+def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, str, str | None, PPOFields | None]:
     """Objective, stage and preset of a recipe, and in stage ppo what it does, without model, data and device.
 
     Raises:

@@ -71,7 +71,7 @@ def function_rewards(
             found.append(math.nan)
             continue
         try:
-            found.append(float(reward))
+            found.append(float(reward))  # type: ignore[arg-type]
         except (TypeError, ValueError):
             found.append(math.nan)
         if not math.isfinite(found[-1]):

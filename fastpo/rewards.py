@@ -57,18 +57,18 @@ class RewardSum:
         if not sources:
             raise ValueError("reward_funcs or reward_model must name at least one reward, got none")
         self.sources: dict[str, RewardFunction | RewardModel] = {}
-        for source in sources:
-            if isinstance(source, str | Path):
-                source = RewardModel(source, max_length=max_length, device=device)
-            elif not callable(source) and not isinstance(source, RewardModel):
+        for given in sources:
+            source = given
+            if isinstance(given, str | Path):
+                source = RewardModel(given, max_length=max_length, device=device)
+            if not callable(source) and not isinstance(source, RewardModel):
                 raise TypeError(f"reward_funcs must be functions, RewardModels or paths, got {type(source).__name__}")
             self.sources[_distinct(_name_of(source), self.sources)] = source
         self.weights = [1.0] * len(sources) if weights is None else list(weights)
         if len(self.weights) != len(sources):
             raise ValueError(f"reward_weights must have one number per reward, {len(sources)}, got {weights!r}")
         self.risk_aversion = risk_aversion
-        self.gaussian = any(getattr(source, "gaussian", False) for source in self.sources.values())
-        if risk_aversion and not self.gaussian:
+        if risk_aversion and not any(getattr(source, "gaussian", False) for source in self.sources.values()):
             raise ValueError(
                 "risk_aversion needs Gaussian rewards, which a reward model with a Disco head gives: it must be 0 with "
                 f"{', '.join(self.sources)}, got {risk_aversion!r}"

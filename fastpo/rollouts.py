@@ -15,7 +15,6 @@ from fastpo.generation import Completion, Sampling, generate
 from fastpo.ppo_arguments import PPOTrainingArguments
 from fastpo.prompts import tokenize_prompts
 
-
 BETA_SCALE = "beta_scale"  # column of the dataset
 
 
