@@ -179,7 +179,8 @@ def ppo_stage(
         logps: (R, T) log-prob of each token under the policy, differentiable.
         old_logps, advantages, mask, epsilon, epsilon_high: as in `clipped_loss`.
         entropy: (R, T) of each token's distribution, for the metrics.
-        kl: (R, T) of each token when it was sampled, as of `token_kl`; for the metrics and the dual loss.
+        kl: (R, T) of each token when it was sampled, as of `token_kl`; for the metrics and the dual loss, which reads
+            it outside the mask too.
         values: (R, T) of the value head, differentiable; None: advantages come from groups.
         old_values, returns: (R, T) as in `value_loss`, with values.
         vf_coef, vf_epsilon: weight of the value loss, and its clip.
@@ -221,7 +222,8 @@ def ppo_stage(
     if kl_target is not None:
         if log_s is None or kl is None:
             raise ValueError("kl_target must come with log_s and kl, of which the dual loss is made, got None")
-        dual = dual_beta_loss(log_s, beta, torch.where(kept, kl, 0).sum(dim=1), kl_target)
+        # A completion that the mask leaves out of the loss has its KL all the same.
+        dual = dual_beta_loss(log_s, beta, kl.sum(dim=1), kl_target)
         metrics["dual_loss"] = dual.mean()
         loss = loss + dual.sum() / (len(dual) if totals is None else totals.rows)
     losses = losses.sum(dim=1) / kept.sum(dim=1).clamp(min=1)
