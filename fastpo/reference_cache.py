@@ -23,13 +23,12 @@ from xxhash import xxh3_128
 
 from fastpo.data import VECTOR_COLUMNS
 from fastpo.files import flush_tree
+from fastpo.fingerprint import adapter_state, add_weights, config_of
 
 SHARD_ROWS = 512
 FORMAT = 1
 HOUR = 3600
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-# What differs between configs of the same function.
-NOT_OF_THE_FUNCTION = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache")
 
 
 def with_reference_columns(
@@ -83,12 +82,9 @@ def cache_key(lm: Any, rows: Dataset, settings: dict[str, Any], *, below_adapter
     of tokenizer, template and truncation), and of `settings`. With `below_adapter`, of the weights without the
     adapter's."""
     digest = xxh3_128()
-    config = {name: x for name, x in lm.config.to_dict().items() if name not in NOT_OF_THE_FUNCTION}
-    adapters = [] if below_adapter else _adapter_state(lm)
-    digest.update(json.dumps([FORMAT, config, settings, adapters], sort_keys=True, default=str).encode())
-    for name, tensor in _own_weights(lm, below_adapter):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    adapters = [] if below_adapter else adapter_state(lm)
+    digest.update(json.dumps([FORMAT, config_of(lm), settings, adapters], sort_keys=True, default=str).encode())
+    add_weights(digest, _own_weights(lm, below_adapter))
     for table in rows.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(1000):
         for column in table.columns:
             for values in (pc.list_value_length(column), pc.list_flatten(column)):
@@ -109,13 +105,6 @@ def _own_weights(lm: Any, below_adapter: bool) -> Iterator[tuple[str, Tensor]]:
         if isinstance(tensor, Tensor) and not added & set(parts):
             found[".".join(part for part in parts if part not in ("base_layer", "original_module"))] = tensor
     yield from sorted(found.items())
-
-
-def _adapter_state(lm: Any) -> list[Any]:
-    """What of a model's adapters is in use, and how, beside their weights."""
-    layers = [module for module in lm.modules() if hasattr(module, "adapter_layer_names")]
-    names = ("active_adapters", "merged_adapters", "disable_adapters", "scaling", "lora_variant")
-    return [[str(getattr(layer, name, None)) for name in names] for layer in layers]
 
 
 def _rows_of(batch: dict[str, list[Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,147 @@
+"""`fastpo score`: rewards of responses, of single completions, or of both sides of preference pairs."""
+
+import inspect
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from xxhash import xxh3_128
+
+from fastpo.config import option
+from fastpo.data import BadRowError, Text, read_dataset
+from fastpo.file_commands import DTYPES, check_fields, provenance, write_batches
+from fastpo.fingerprint import model_fingerprint, rows_fingerprint
+from fastpo.resumable import check_one_process, check_output_file
+from fastpo.reward_functions import function_rewards, load_reward_function
+from fastpo.score_forms import Form, find_score_form, usable_rows
+from fastpo.scoring import RewardModel
+
+# What of a row a reward function does not get as a further column.
+OF_COMPLETIONS = ("prompt", "responses", "response", "completion", "chosen", "rejected", "conversations", "finished")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What `fastpo score` is told.
+
+    Raises:
+        ValueError: a field is missing or out of its range.
+    """
+
+    reward_model: str | None = option(None, "The reward model: folder or hub name.")
+    reward_funcs: str | None = option(
+        None, "A Python function instead, with the signature of TRL's: package.module:function or file.py:function."
+    )
+    dataset: str = option("", "Responses of fastpo sample, rows with one response or completion, or preference pairs.")
+    dataset_split: str = option("train", "Split of a named dataset.")
+    skip_bad_rows: bool = option(False, "Leave rows that cannot be used out, with a warning.")
+    output_file: str = option("", "The JSONL file to write.")
+    batch_size: int = option(16, "Completions that the reward model reads at once; rows that are written at once.")
+    max_length: int | None = option(1024, "Of prompt and completion together, in tokens, for the reward model.")
+    dtype: str = option("auto", "Of the reward model: float32, bfloat16, float16, or auto: as saved.")
+
+    def __post_init__(self) -> None:
+        if bool(self.reward_model) == bool(self.reward_funcs):
+            got = "both" if self.reward_model else "neither"
+            raise ValueError(f"either reward_model or reward_funcs must be given, got {got}")
+        check_fields(
+            self, given=("dataset", "output_file"), least={"batch_size": 1, "max_length": 2}, known={"dtype": DTYPES}
+        )
+
+
+class Scorer(NamedTuple):
+    """What gives rewards.
+
+    Attributes:
+        score: N prompts, N completions, further columns by name, N dataset rows -> N rewards and, of Gaussian ones,
+            N deviations, else None.
+        depends_on: what the rewards depend on beside the arguments.
+    """
+
+    score: Callable[..., tuple[list[float], list[float] | None]]
+    depends_on: dict[str, Any]
+
+
+def run(arguments: Arguments) -> str:
+    """Write the rows with their rewards, and the provenance; returns what to print.
+
+    Raises:
+        ValueError, OSError: bad input, a reward that is not finite, a file that cannot be written; what was written
+            before is kept.
+    """
+    check_one_process("fastpo score")
+    check_output_file(arguments.output_file)
+    rows = read_dataset(arguments.dataset, arguments.dataset_split)
+    form = find_score_form(rows.column_names, arguments.dataset)
+    rows = usable_rows(rows, form, arguments.dataset, arguments.skip_bad_rows)
+    fingerprint = rows_fingerprint(rows)
+    scorer = _of_function(arguments.reward_funcs) if arguments.reward_funcs else _of_model(arguments)
+    source = provenance(
+        "fastpo score", arguments, ("fastpo", "torch", "transformers"),
+        dataset_fingerprint=fingerprint, **scorer.depends_on,
+    )  # fmt: skip
+    summary = write_batches(
+        arguments.output_file, source, rows, arguments.batch_size,
+        lambda batch, _: _scored(batch, form, scorer), partial(_summarize, form),
+    )  # fmt: skip
+    return (
+        f"{summary['completions']} completions of {summary['rows']} rows: mean reward {summary['mean']:.4g}, standard "
+        f"deviation {summary['deviation']:.4g}\nscored: {arguments.output_file}"
+    )
+
+
+def _of_function(name: str) -> Scorer:
+    function = load_reward_function(name)
+    code = inspect.getsourcefile(function) if inspect.isfunction(function) else None
+    digest = xxh3_128(Path(code).read_bytes()).hexdigest() if code else None
+    return Scorer(lambda *said: (function_rewards(function, *said), None), {"code_fingerprint": digest})
+
+
+def _of_model(arguments: Arguments) -> Scorer:
+    assert arguments.reward_model is not None
+    model = RewardModel(
+        arguments.reward_model, batch_size=arguments.batch_size, max_length=arguments.max_length, dtype=arguments.dtype
+    )
+    depends_on = {"model_fingerprint": model_fingerprint(model.model), "device": str(model.model.device)}
+    return Scorer(partial(_model_rewards, model), depends_on)
+
+
+def _model_rewards(
+    model: RewardModel, prompts: list[Text], completions: list[Text], columns: Mapping[str, Any], index: list[int]
+) -> tuple[list[float], list[float] | None]:
+    try:
+        mean, variance = model.score(prompts, completions)
+    except BadRowError as error:
+        raise ValueError(f"dataset rows {index[0]} to {index[-1]}: {error}") from error
+    for row, *values in zip(
+        index, mean.tolist(), [0.0] * len(mean) if variance is None else variance.tolist(), strict=True
+    ):
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"reward_model must give finite rewards, got {values[0]} for dataset row {row}")
+    return mean.tolist(), None if variance is None else [math.sqrt(value) for value in variance.tolist()]
+
+
+def _scored(batch: Sequence[Mapping[str, Any]], form: Form, scorer: Scorer) -> list[dict[str, Any]]:
+    said = [form.read(row) for row in batch]
+    each = [(row, prompt, one) for row, (prompt, completions) in zip(batch, said, strict=True) for one in completions]
+    columns = {name: [row[name] for row, _, _ in each] for name in batch[0] if name not in OF_COMPLETIONS}
+    rewards, sigmas = scorer.score(
+        [prompt for _, prompt, _ in each], [one for _, _, one in each], columns, [row["index"] for row, _, _ in each]
+    )
+    scored, first = [], 0
+    for row, (_, completions) in zip(batch, said, strict=True):
+        part = slice(first, first + len(completions))
+        scored.append({**row, **form.write(rewards[part], None if sigmas is None else sigmas[part])})
+        first = part.stop
+    return scored
+
+
+def _summarize(form: Form, rows: Iterator[Mapping[str, Any]]) -> dict[str, Any]:
+    rewards = [form.rewards(row) for row in rows]
+    flat = [reward for row in rewards for reward in row]
+    mean, deviation = statistics.fmean(flat), statistics.pstdev(flat)
+    return {"rows": len(rewards), "completions": len(flat), "mean": mean, "deviation": deviation}
