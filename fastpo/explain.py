@@ -7,6 +7,8 @@ from fastpo.config import PreferenceConfig
 from fastpo.links import LINKS
 from fastpo.methods import METHODS
 
+_IDLE_DISCO = "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
+
 
 def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None) -> str:
     """Formula, words and warnings, as text.
@@ -18,9 +20,10 @@ def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = N
     """
     if stage == "sft":
         return "stage sft: loss = -log pi(chosen), mean over the step's tokens; the objective's fields are not read."
+    formula, words = (_reward_formula, _reward_words) if stage == "rm" else (_formula, _words)
     parts = {
-        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): _formula(config),
-        "In words": (f"- {line}" for line in _words(config)),
+        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): formula(config),
+        "In words": (f"- {line}" for line in words(config)),
         "Warnings": (f"- {line}" for line in bad_pairings(config, preset)),
     }
     sections = [(title, list(lines)) for title, lines in parts.items()]
@@ -43,11 +46,7 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
         if phi:
             yield f"phi   = -{config.contextual_scaling_coef:g} * log(mean entropy of the reference / log V)"
     yield f"b     = {_beta(config)}"
-    terms = []
-    for name, share in config.loss_weights.items():
-        smoothed = config.label_smoothing and LINKS[name].of == "score"
-        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
-        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
+    terms = _losses(config)
     if config.sft_weight:
         terms.append(f"{config.sft_weight:g} * SFT ({config.sft_reduction})")
     if config.use_weighting:
@@ -55,9 +54,40 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
     for name, share in config.regularizer_weights.items():
         optional = config.regularizers is None and name == "confidence"
         terms.append(f"{share:g} * {name}(log s)" + " where the data has scores" * optional)
+    terms += _prior(config)
+    if "disco" in config.comparisons and config.beta_mode == "dynamic_scaling":
+        terms.append("(mean log variance)^2")
+    yield from _sum(terms, config)
+
+
+def _reward_formula(config: PreferenceConfig) -> Iterator[str]:
+    reward = "mu" if "disco" in config.comparisons else "r"
+    yield f"z     = {reward}_w - {reward}_l - m"
+    yield f"m     = the data's column margin, or {config.home_advantage:g} where there is none"
     if "disco" in config.comparisons:
-        terms += [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"] * (config.disco_prior_weight != 0)
-        terms += ["(mean log variance)^2"] * (config.beta_mode == "dynamic_scaling")
+        yield f"variance = var_w + var_l, at least {config.variance_floor:g}"
+    yield from _sum(_losses(config) + _prior(config), config)
+
+
+def _losses(config: PreferenceConfig) -> list[str]:
+    """The comparisons, with their weights."""
+    terms = []
+    for name, share in config.loss_weights.items():
+        smoothed = config.label_smoothing and LINKS[name].of == "score"
+        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
+        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
+    return terms
+
+
+def _prior(config: PreferenceConfig) -> list[str]:
+    """That of Gaussian rewards, where it has a weight."""
+    if "disco" not in config.comparisons or config.disco_prior_weight == 0:
+        return []
+    return [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"]
+
+
+def _sum(terms: list[str], config: PreferenceConfig) -> Iterator[str]:
+    """The loss, and what its comparisons are."""
     yield f"loss  = {' + '.join(terms)}"
     for name in config.loss_weights:
         values = ", ".join(f"{option} = {getattr(config, option):g}" for option in LINKS[name].options)
@@ -99,6 +129,18 @@ def _words(config: PreferenceConfig) -> Iterator[str]:
     yield from _head_words(config)
 
 
+def _reward_words(config: PreferenceConfig) -> Iterator[str]:
+    if "disco" in config.comparisons:
+        yield "Rewards are Gaussian: the Disco head gives mean and variance at the last token of a response."
+    else:
+        yield "A reward is the model's score at the last token of a response."
+    yield "No reference model is read, and no beta."
+    if config.label_smoothing:
+        yield f"A label is taken to be flipped with probability {config.label_smoothing:g}."
+    if config.add_disco_head and "disco" not in config.comparisons:
+        yield _IDLE_DISCO
+
+
 def _head_words(config: PreferenceConfig) -> Iterator[str]:
     head = config.beta_head
     if config.beta_mode == "dynamic_scaling":
@@ -115,7 +157,7 @@ def _head_words(config: PreferenceConfig) -> Iterator[str]:
     if "disco" in config.comparisons:
         yield "Rewards are Gaussian: implicit rewards are the means, the Disco head gives the variances."
     elif config.add_disco_head:
-        yield "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
+        yield _IDLE_DISCO
 
 
 def bad_pairings(config: PreferenceConfig, preset: str | None = None) -> list[str]:

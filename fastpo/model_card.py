@@ -55,11 +55,12 @@ def model_card(trainer: Any, model_name: str | None, dataset_name: str | None, t
     """The card's text; arguments as in `write_model_card`."""
     args, base = trainer.args, _hub_name(getattr(causal_lm(trainer.model).config, "_name_or_path", None))
     methods = methods_of(trainer.objective) if args.stage == "dpo" else []
+    task = "text-classification" if args.stage == "rm" else "text-generation"
     dataset = _hub_name(dataset_name)
     data = ModelCardData(
         base_model=base, library_name="peft" if _adapters(trainer) else "transformers",
         tags=list(dict.fromkeys(["fastpo", args.stage, *methods, *heads_of(trainer.model), *tags])),
-        datasets=None if dataset is None else [dataset], pipeline_tag="text-generation",
+        datasets=None if dataset is None else [dataset], pipeline_tag=task,
     )  # fmt: skip
     title = model_name or str(args.hub_model_id or Path(args.output_dir).name).rpartition("/")[2]
     sections: dict[str, Iterable[str]] = {
@@ -102,7 +103,7 @@ def _objective(trainer: Any, methods: list[str]) -> Iterator[str]:
     for name in methods:
         yield f"The preset **{name}** ({_linked(METHODS[name].source)}): `{METHODS[name].formula}`\n"
     yield f"This run, as `fastpo explain` says it:\n\n```\n{explain(objective, stage)}\n```"
-    changed = _changed(objective) if stage == "dpo" else {}
+    changed = _changed(objective) if stage != "sft" else {}
     if changed:
         yield "\n| parameter | value |\n|---|---|"
         yield from (f"| `{name}` | `{value!r}` |" for name, value in changed.items())
@@ -133,7 +134,7 @@ def _data(trainer: Any, name: str | None) -> Iterator[str]:
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     uses = {"to train on": trainer.train_dataset}
     uses |= {"held out" + f" ({part})" * bool(part): rows for part, rows in held_out.items()}
-    unit = "pairs" if trainer.args.stage == "dpo" else "rows"
+    unit = _unit(trainer)
     for use, rows in uses.items():
         if rows is not None:
             yield f"- {len(rows) if isinstance(rows, Sized) else 'streamed'} {unit} {use}"
@@ -143,13 +144,14 @@ def _training(trainer: Any) -> Iterator[str]:
     args = trainer.args
     yield f"{trainer.state.global_step} steps" + (f", {epochs:.2f} epochs" if (epochs := trainer.state.epoch) else "")
     per_device, accumulation, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
-    unit = "pairs" if args.stage == "dpo" else "rows"
     yield (
-        f"{per_device * accumulation * processes} {unit} a step: {per_device} a device, "
+        f"{per_device * accumulation * processes} {_unit(trainer)} a step: {per_device} a device, "
         f"{accumulation} accumulation steps, {processes} processes; at most {args.max_length} tokens each"
     )
     optimizer, schedule = (getattr(x, "value", x) for x in (args.optim, args.lr_scheduler_type))
     yield f"learning rate {args.learning_rate:g}, {schedule} schedule, optimizer {optimizer}, seed {args.seed}"
+    if args.center_rewards_coefficient is not None:
+        yield f"rewards centred: {args.center_rewards_coefficient:g} * (r_chosen + r_rejected)^2 in the loss"
     weights = str(next(causal_lm(trainer.model).parameters()).dtype).removeprefix("torch.")
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else weights
     yield f"weights in {weights}, computed in {computed}"
@@ -177,8 +179,19 @@ def _results(history: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {name} | {' | '.join('' if value is None else f'{value:.4g}' for value in values)} |"
 
 
+def _unit(trainer: Any) -> str:
+    return "pairs" if trainer.args.stage in ("rm", "dpo") else "rows"
+
+
 def _use(trainer: Any) -> Iterator[str]:
     place = repr(trainer.args.hub_model_id or "path/to/this/folder").replace("'", '"')
+    if trainer.args.stage == "rm":
+        yield f"```python\nfrom fastpo.scoring import RewardModel\n\nrewards = RewardModel({place})"
+        yield 'rewards.score(["a prompt"], ["a completion"])  # mean, and variance of Gaussian rewards\n```'
+        kind = "peft.AutoPeftModel" if _adapters(trainer) else "transformers.AutoModel"
+        about = ", whose score is the mean up to a constant" if trainer.gaussian else ""
+        yield f"\nWithout fastpo: `{kind}ForSequenceClassification.from_pretrained({place}, num_labels=1)`{about}."
+        return
     merged = getattr(causal_lm(trainer.model), "merged_adapters", [])
     library, kind, loading = "transformers", "AutoModelForCausalLM", []
     if _adapters(trainer) and merged:

@@ -13,9 +13,11 @@ CURVES = {
     "loss": ("loss", "eval_loss"),
     "accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
     "margin": ("rewards/margins", "eval_rewards/margins"),
+    "nll": ("nll", "eval_nll"),
+    "ece": ("eval_ece",),
 }
 TABLE_ROWS = (
-    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
+    "loss", "nll", "ece", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
     "logps/chosen", "logps/rejected", "entropy/chosen", "entropy/rejected", "beta/mean", "beta/std", "variance/mean",
 )  # fmt: skip
 
@@ -59,7 +61,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(output_dir: str | Path) -> list[Path]:
-    """loss.png, accuracy.png and margin.png beside metrics.jsonl, for those logged; beta.png of a learned beta."""
+    """loss.png and the others of `CURVES` beside metrics.jsonl, for those logged; beta.png of a learned beta."""
     import matplotlib
 
     matplotlib.use("Agg")
