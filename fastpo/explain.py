@@ -2,11 +2,14 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from fastpo.config import PreferenceConfig
 from fastpo.links import LINKS
 from fastpo.methods import METHODS
+
+_IDLE_DISCO = "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
 
 
 def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None, ppo: Any = None) -> str:
@@ -20,17 +23,12 @@ def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = N
     """
     if stage == "sft":
         return "stage sft: loss = -log pi(chosen), mean over the step's tokens; the objective's fields are not read."
+    formula, words = (_reward_formula, _reward_words) if stage == "rm" else (_formula, _words)
     if stage == "ppo":
-        return "\n\n".join(
-            "\n  ".join([title, *lines])
-            for title, lines in (
-                ("stage ppo", _ppo_formula(config, ppo)),
-                ("In words", (f"- {line}" for line in _ppo_words(config, ppo))),
-            )
-        )
+        formula, words = partial(_ppo_formula, ppo=ppo), partial(_ppo_words, ppo=ppo)
     parts = {
-        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): _formula(config),
-        "In words": (f"- {line}" for line in _words(config)),
+        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): formula(config),
+        "In words": (f"- {line}" for line in words(config)),
         "Warnings": (f"- {line}" for line in bad_pairings(config, preset)),
     }
     sections = [(title, list(lines)) for title, lines in parts.items()]
@@ -53,11 +51,7 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
         if phi:
             yield f"phi   = -{config.contextual_scaling_coef:g} * log(mean entropy of the reference / log V)"
     yield f"b     = {_beta(config)}"
-    terms = []
-    for name, share in config.loss_weights.items():
-        smoothed = config.label_smoothing and LINKS[name].of == "score"
-        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
-        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
+    terms = _losses(config)
     if config.sft_weight:
         terms.append(f"{config.sft_weight:g} * SFT ({config.sft_reduction})")
     if config.use_weighting:
@@ -65,9 +59,40 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
     for name, share in config.regularizer_weights.items():
         optional = config.regularizers is None and name == "confidence"
         terms.append(f"{share:g} * {name}(log s)" + " where the data has scores" * optional)
+    terms += _prior(config)
+    if "disco" in config.comparisons and config.beta_mode == "dynamic_scaling":
+        terms.append("(mean log variance)^2")
+    yield from _sum(terms, config)
+
+
+def _reward_formula(config: PreferenceConfig) -> Iterator[str]:
+    reward = "mu" if "disco" in config.comparisons else "r"
+    yield f"z     = {reward}_w - {reward}_l - m"
+    yield f"m     = the data's column margin, or {config.home_advantage:g} where there is none"
     if "disco" in config.comparisons:
-        terms += [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"] * (config.disco_prior_weight != 0)
-        terms += ["(mean log variance)^2"] * (config.beta_mode == "dynamic_scaling")
+        yield f"variance = var_w + var_l, at least {config.variance_floor:g}"
+    yield from _sum(_losses(config) + _prior(config), config)
+
+
+def _losses(config: PreferenceConfig) -> list[str]:
+    """The comparisons, with their weights."""
+    terms = []
+    for name, share in config.loss_weights.items():
+        smoothed = config.label_smoothing and LINKS[name].of == "score"
+        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
+        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
+    return terms
+
+
+def _prior(config: PreferenceConfig) -> list[str]:
+    """That of Gaussian rewards, where it has a weight."""
+    if "disco" not in config.comparisons or config.disco_prior_weight == 0:
+        return []
+    return [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"]
+
+
+def _sum(terms: list[str], config: PreferenceConfig) -> Iterator[str]:
+    """The loss, and what its comparisons are."""
     yield f"loss  = {' + '.join(terms)}"
     for name in config.loss_weights:
         values = ", ".join(f"{option} = {getattr(config, option):g}" for option in LINKS[name].options)
@@ -109,6 +134,18 @@ def _words(config: PreferenceConfig) -> Iterator[str]:
     yield from _head_words(config)
 
 
+def _reward_words(config: PreferenceConfig) -> Iterator[str]:
+    if "disco" in config.comparisons:
+        yield "Rewards are Gaussian: the Disco head gives mean and variance at the last token of a response."
+    else:
+        yield "A reward is the model's score at the last token of a response."
+    yield "No reference model is read, and no beta."
+    if config.label_smoothing:
+        yield f"A label is taken to be flipped with probability {config.label_smoothing:g}."
+    if config.add_disco_head and "disco" not in config.comparisons:
+        yield _IDLE_DISCO
+
+
 def _head_words(config: PreferenceConfig) -> Iterator[str]:
     head = config.beta_head
     if config.beta_mode == "dynamic_scaling":
@@ -125,10 +162,10 @@ def _head_words(config: PreferenceConfig) -> Iterator[str]:
     if "disco" in config.comparisons:
         yield "Rewards are Gaussian: implicit rewards are the means, the Disco head gives the variances."
     elif config.add_disco_head:
-        yield "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
+        yield _IDLE_DISCO
 
 
-def _ppo_formula(config: PreferenceConfig, ppo: Any) -> Iterator[str]:
+def _ppo_formula(config: PreferenceConfig, *, ppo: Any) -> Iterator[str]:
     estimate = {"k1": "log pi - log ref", "k3": "ref/pi - 1 - log(ref/pi)"}[ppo.kl_estimator]
     yield f"r_t   = -b * KL_t + [t is last] * r(x, y), KL_t = {estimate} ({ppo.kl_estimator})"
     if ppo.risk_aversion:
@@ -148,11 +185,12 @@ def _ppo_formula(config: PreferenceConfig, ppo: Any) -> Iterator[str]:
         yield f"        + -b * (KL - {ppo.kl_target:g}), mean over completions, KL = sum of KL_t: moves s(x) alone"
 
 
-def _ppo_words(config: PreferenceConfig, ppo: Any) -> Iterator[str]:
+def _ppo_words(config: PreferenceConfig, *, ppo: Any) -> Iterator[str]:
+    several = ppo.num_iterations > 1
     cut = f", top_p {ppo.top_p:g}" * (ppo.top_p < 1) + f", top_k {ppo.top_k}" * (ppo.top_k > 0)
     yield (
-        f"Each step draws {ppo.num_generations} completions of each prompt, of at most {ppo.max_completion_length} "
-        f"tokens, at temperature {ppo.temperature:g}{cut}; {ppo.num_iterations} optimiser steps use them."
+        f"{ppo.num_generations} completions are drawn of each prompt, of at most {ppo.max_completion_length} "
+        f"tokens, at temperature {ppo.temperature:g}{cut}, for {ppo.num_iterations} optimiser step{'s' * several}."
     )
     yield "The reference is the model before training, or without its adapter, or ref_model."
     yield "A column beta_scale of the dataset multiplies b for its prompt."

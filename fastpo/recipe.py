@@ -129,7 +129,20 @@ def parse_recipe(
     parser = Parser((RecipeArguments, _arguments_of(read.stage)), allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
     _set_defaults(parser, read)
-    return parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
+    recipe, args = parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
+    _check_stage(recipe, args.stage)
+    return recipe, args
+
+
+def _check_stage(recipe: RecipeArguments, stage: str) -> None:
+    if stage != "rm":
+        return
+    if recipe.ref_model_name_or_path is not None:
+        raise ValueError(f"ref_model_name_or_path belongs to stage dpo, got stage={stage!r}")
+    if recipe.merge_adapters and recipe.use_peft:
+        raise ValueError(
+            "merge_adapters must be unset with use_peft in stage rm: what loads the new adapter would not merge them"
+        )
 
 
 def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, str, str | None, PPOFields | None]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback
 
 from fastpo.adapters import add_adapter, check_adapter
-from fastpo.architecture import add_reward_head, check_optimizer, heads_of, without_heads
+from fastpo.architecture import add_reward_head, check_optimizer, without_heads
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.backbone import causal_lm
 from fastpo.calibration import expected_calibration_error, log_preference
@@ -87,11 +87,8 @@ class RewardTrainer(PairTrainer):
         self.reference = Reference(self.objective, args.stage)
         train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
         if data_collator is None:
-            pad = (
-                processing_class.eos_token_id
-                if processing_class.pad_token_id is None
-                else processing_class.pad_token_id
-            )
+            pad = processing_class.pad_token_id
+            pad = processing_class.eos_token_id if pad is None else pad
             data_collator = PreferenceCollator(pad, args.stage, pad_to_multiple_of=args.pad_to_multiple_of)
         # Of the pairs of an evaluation, on all processes.
         self._log_preferences: list[Tensor] | None = None
@@ -124,14 +121,15 @@ class RewardTrainer(PairTrainer):
         """The stage's `LossOutput` for a `PreferenceBatch` on the model's device."""
         answer = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         chosen, rejected = answer["logits"][:, 0].chunk(2)
-        variances = answer["variance"].chunk(2) if self.gaussian else (None, None)
+        of_chosen, of_rejected = answer["variance"].chunk(2) if self.gaussian else (None, None)
         output = rm_stage(
-            chosen, rejected, self.objective, chosen_variance=variances[0], rejected_variance=variances[1],
+            chosen, rejected, self.objective, chosen_variance=of_chosen, rejected_variance=of_rejected,
             margin=inputs.get("margin"), center_rewards_coefficient=self.args.center_rewards_coefficient,
             totals=totals,
         )  # fmt: skip
         with torch.no_grad():
-            found = log_preference(output.margins, summed_variance(self.objective, *variances, output.margins))
+            variance = summed_variance(self.objective, of_chosen, of_rejected, output.margins)
+            found = log_preference(output.margins, variance)
         if self._log_preferences is not None:
             self._log_preferences.append(self.accelerator.gather_for_metrics(found).cpu())
         return output._replace(metrics=output.metrics | {"nll": -found.mean()})

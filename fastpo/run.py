@@ -135,12 +135,11 @@ def _load_trained(recipe: RecipeArguments, args: PreferenceTrainingArguments, to
     """The trained model and its reference; for an adapter the reference is the model without it."""
     from transformers import AutoModelForCausalLM
 
-    if args.stage == "rm":
-        trained = load_reward_model(args.output_dir, new_score=False, dtype=recipe.dtype)
-        load_heads(trained, args.output_dir)
-        return trained, None
+    is_adapter = (Path(args.output_dir) / "adapter_config.json").is_file()
+    if args.stage == "rm" and not is_adapter:
+        return load_reward_model(args.output_dir, new_score=False, dtype=recipe.dtype), None
     base = build_model(recipe, args, tokenizer)
-    if (Path(args.output_dir) / "adapter_config.json").is_file():
+    if is_adapter:
         from peft import PeftModel
 
         trained = PeftModel.from_pretrained(base, args.output_dir)
