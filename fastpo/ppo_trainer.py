@@ -23,6 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from fastpo.adapters import add_adapter, check_adapter
 from fastpo.architecture import add_heads, add_value_head, check_optimizer, heads_of, without_heads
 from fastpo.backbone import StatsOutput, Wanted, causal_lm, head_shape, install_stats_forward, model_stats
+from fastpo.generation import check_positions
 from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
 from fastpo.losses import spread
 from fastpo.policy_gradient import gae, group_advantages, token_kl, token_rewards, whitened
@@ -30,7 +31,7 @@ from fastpo.ppo_arguments import PPOTrainingArguments
 from fastpo.reference_model import Reference
 from fastpo.reward_functions import load_reward_function
 from fastpo.rewards import RewardSource, RewardSum
-from fastpo.rollouts import BETA_SCALE, PromptSampler, draw, padded, padding_of, rollout_seed, tokenized_prompts
+from fastpo.rollouts import BETA_SCALE, PromptSampler, draw, padded, rollout_seed, tokenized_prompts
 from fastpo.stage_trainer import StageTrainer, check_vocabulary, use_one_gpu
 from fastpo.stages import ppo_stage
 from fastpo.types import LossOutput, StepTotals
@@ -105,6 +106,9 @@ class PPOTrainer(StageTrainer):
                 if isinstance(eval_dataset, dict)
                 else tokenized_prompts(eval_dataset, "eval_dataset", args, processing_class)
             )
+        parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
+        longest = max((len(ids) for rows in parts if rows is not None for ids in rows["prompt_ids"]), default=1)
+        check_positions(causal_lm(model).config, longest, args.sampling)
         if ref_model is None and not has_adapter:
             with without_heads(model):
                 ref_model = copied_reference(model)
@@ -188,17 +192,18 @@ class PPOTrainer(StageTrainer):
         args, training = self.args, self.model.training
         self.model.eval()
         try:
-            drawn = draw(self.model, rows, self.processing_class, args.sampling, generations=generations, seed=seed)
-            batch: dict[str, Any] = padded(drawn, padding_of(self.processing_class), args.device)
-            policy, ref_logps, prompt = self._known(batch)
+            with self.accelerator.autocast():
+                drawn = draw(self.model, rows, self.processing_class, args.sampling, generations=generations, seed=seed)
+                batch: dict[str, Any] = padded(drawn, args.device)
+                policy, ref_logps, prompt = self._known(batch)
         finally:
             self.model.train(training)
         scored = self.rewards(
-            [row["prompt"] for row in drawn.rows], drawn.said, [said.ids for said in drawn.completions],
+            [row["prompt"] for row in drawn.rows], drawn.texts, [tokens.ids for tokens in drawn.completions],
             drawn.columns(), [row["index"] for row in drawn.rows],
         )  # fmt: skip
         mask = batch["completion_mask"]
-        finished = torch.tensor([said.finished for said in drawn.completions], device=args.device)
+        finished = torch.tensor([tokens.finished for tokens in drawn.completions], device=args.device)
         rewards = scored.rewards.to(args.device)
         base_beta = torch.full_like(rewards, self.base_beta())
         if BETA_SCALE in drawn.rows[0]:
@@ -225,15 +230,14 @@ class PPOTrainer(StageTrainer):
             prompt=self.objective.beta_head.features if dynamic else (),
         )  # fmt: skip
         own = dataclasses.replace(asked, values=args.advantage == "gae", log_s=dynamic)
-        with self.accelerator.autocast():
-            if self.ref_model is None:
-                policy = model_stats(self.model, batch, dataclasses.replace(own, reference=True))
-                return policy, policy["ref_token_logps"], policy.prompt_features()
-            self.ref_model.eval()
-            reference = model_stats(self.ref_model, batch, asked)
-            prompt = reference.prompt_features()
-            policy = model_stats(self.model, batch, dataclasses.replace(own, prompt=()), prompt or None)
-            return policy, reference["token_logps"], prompt
+        if self.ref_model is None:
+            policy = model_stats(self.model, batch, dataclasses.replace(own, reference=True))
+            return policy, policy["ref_token_logps"], policy.prompt_features()
+        self.ref_model.eval()
+        reference = model_stats(self.ref_model, batch, asked)
+        prompt = reference.prompt_features()
+        policy = model_stats(self.model, batch, dataclasses.replace(own, prompt=()), prompt or None)
+        return policy, reference["token_logps"], prompt
 
     def _with_advantages(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A rollout with advantages (R, T), and with a value head returns (R, T)."""

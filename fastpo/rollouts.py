@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from fastpo.data import Text
-from fastpo.generation import Completion, Sampling, generate
+from fastpo.generation import Completion, Sampling, generate, said
 from fastpo.ppo_arguments import PPOTrainingArguments
 from fastpo.prompts import tokenize_prompts
 
@@ -85,12 +85,12 @@ class Drawn(NamedTuple):
     Attributes:
         rows: (R) dataset rows, with prompt, prompt_ids, index.
         completions: (R) token ids, and whether each is finished.
-        said: (R) the same in the form of the prompt, text or one message.
+        texts: (R) the same in the form of the prompt, text or one message.
     """
 
     rows: list[Mapping[str, Any]]
     completions: list[Completion]
-    said: list[Text]
+    texts: list[Text]
 
     def columns(self) -> dict[str, list[Any]]:
         """Further columns of the dataset, for reward functions."""
@@ -110,29 +110,24 @@ def draw(
     """
     repeated = [row for row in rows for _ in range(generations)]
     completions = generate(
-        model, [row["prompt_ids"] for row in repeated], sampling, seed=seed, pad_token_id=padding_of(tokenizer),
+        model, [row["prompt_ids"] for row in repeated], sampling, seed=seed, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    said: list[Text] = []
-    for row, completion in zip(repeated, completions, strict=True):
-        text = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        said.append(text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}])
-    return Drawn(repeated, completions, said)
+    texts = [
+        said(tokenizer, row["prompt"], row["prompt_ids"], completion)
+        for row, completion in zip(repeated, completions, strict=True)
+    ]
+    return Drawn(repeated, completions, texts)
 
 
-def padding_of(tokenizer: Any) -> int:
-    """The token that fills a batch up; it is never attended to."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def padded(drawn: Drawn, pad_token_id: int, device: Any) -> dict[str, Tensor]:
-    """input_ids, attention_mask, completion_mask (R, T) int64, padded on the right, and index (R,)."""
-    pairs = [(row["prompt_ids"], said.ids) for row, said in zip(drawn.rows, drawn.completions, strict=True)]
-    ids = torch.full((len(pairs), max(len(prompt) + len(said) for prompt, said in pairs)), pad_token_id)
+def padded(drawn: Drawn, device: Any) -> dict[str, Tensor]:
+    """input_ids, attention_mask, completion_mask (R, T) int64, padded on the right with 0, and index (R,)."""
+    pairs = [(row["prompt_ids"], tokens.ids) for row, tokens in zip(drawn.rows, drawn.completions, strict=True)]
+    ids = torch.zeros((len(pairs), max(len(prompt) + len(tokens) for prompt, tokens in pairs)), dtype=torch.long)
     attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, (prompt, said) in enumerate(pairs):
-        end = len(prompt) + len(said)
-        ids[row, :end] = torch.tensor([*prompt, *said])
+    for row, (prompt, tokens) in enumerate(pairs):
+        end = len(prompt) + len(tokens)
+        ids[row, :end] = torch.tensor([*prompt, *tokens])
         attention[row, :end] = 1
         completion[row, len(prompt) : end] = 1
     index = torch.tensor([row["index"] for row in drawn.rows])
