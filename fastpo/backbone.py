@@ -109,7 +109,7 @@ class StatsOutput(ModelOutput):
     token_logps: Tensor | None = None
     token_entropy: Tensor | None = None
     ref_token_logps: Tensor | None = None
-    values: Tensor | None = None  # (R, T) of the value head before the token at t, from the hidden state at t - 1
+    token_values: Tensor | None = None  # (R, T) of the value head before the token at t, from the hidden state at t - 1
 
     def sequence_stats(self) -> AnySequenceStats:
         return ExtendedSequenceStats(*(self.get(name) for name in ExtendedSequenceStats._fields))
@@ -344,7 +344,7 @@ def _side_stats(
         if wanted.variance:
             own["mean"], own["variance"] = lm.disco_head(hidden.flatten(0, 1)[rows.last])
         if wanted.values:
-            own["values"] = _values(lm, hidden, rows)
+            own["token_values"] = _token_values(lm, hidden, rows)
         return own | _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
 
     if wanted.one_side_at_a_time and torch.is_grad_enabled():
@@ -397,7 +397,7 @@ def _token_fields(head: _Head, reference: _Head | None, rows: Rows) -> dict[str,
     return found
 
 
-def _values(lm: Any, hidden: Tensor, rows: Rows) -> Tensor:
+def _token_values(lm: Any, hidden: Tensor, rows: Rows) -> Tensor:
     """(R, T) of the value head; rows that predict nothing that counts are not read."""
     keep = rows.labels != IGNORED
     values = lm.value_head(rows.of(hidden)[keep])

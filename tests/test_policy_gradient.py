@@ -402,15 +402,15 @@ def test_gradient_of_a_two_token_model_against_finite_differences(kind: str, est
     rewards = token_rewards(torch.randn(6, generator=rng, dtype=torch.float64), kl, beta, mask)
     given: dict[str, Any] = {"kl": kl, "kl_target": 0.4, "beta": 0.1, "epsilon": 0.1, "epsilon_high": 0.15}
     if kind == "gae":
-        advantages, returns = gae(rewards, before.values, mask, 0.98, 0.9)
-        given |= {"old_values": before.values, "returns": returns, "vf_coef": 0.7, "vf_epsilon": 0.1}
+        advantages, returns = gae(rewards, before.token_values, mask, 0.98, 0.9)
+        given |= {"old_values": before.token_values, "returns": returns, "vf_coef": 0.7, "vf_epsilon": 0.1}
     else:
         advantages = group_advantages(rewards, mask, 3, kind)
     log_s = torch.randn(6, generator=rng, dtype=torch.float64).requires_grad_()
 
     now = model_stats(model, batch, Wanted(tokens=True, values=kind == "gae"))
     output = ppo_stage(
-        now.token_logps, before.token_logps, advantages, mask, log_s=log_s, values=now.values, **given
+        now.token_logps, before.token_logps, advantages, mask, log_s=log_s, values=now.token_values, **given
     )  # fmt: skip
     parameters = {name: p for name, p in model.named_parameters() if kind == "gae" or "value_head" not in name}
     grads = torch.autograd.grad(output.loss, [*parameters.values(), log_s])
@@ -426,7 +426,7 @@ def test_gradient_of_a_two_token_model_against_finite_differences(kind: str, est
             hidden = model.transformer(input_ids=ids).last_hidden_state.detach()
             head = model.value_head.linear
             v = np.pad((hidden @ head.weight[0] + head.bias).detach().numpy()[:, :-1], ((0, 0), (1, 0)))
-            near = before.values.numpy() + np.clip(v - before.values.numpy(), -0.1, 0.1)
+            near = before.token_values.numpy() + np.clip(v - before.token_values.numpy(), -0.1, 0.1)
             goal = returns.numpy()
             tokens = tokens + 0.7 * 0.5 * np.maximum((v - goal) ** 2, (near - goal) ** 2)
         excess = (kl.numpy() * kept).sum(1) - 0.4

@@ -1,6 +1,8 @@
 """A forward's statistics of single tokens, and the value head: against plain logits, and in a model's life."""
 
 import copy
+import dataclasses
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +181,7 @@ def test_what_was_masked_is_never_read() -> None:
     first = model_stats(model, batch, wanted)
     other = {**batch, "input_ids": torch.where(batch["attention_mask"] == 1, batch["input_ids"], 7)}
     second = model_stats(model, other, wanted)
-    for name in ("token_logps", "token_entropy", "values"):
+    for name in ("token_logps", "token_entropy", "token_values"):
         torch.testing.assert_close(first[name], second[name])
 
 
@@ -211,9 +213,14 @@ def test_logits_are_never_made(adapted: bool) -> None:
     wanted = Wanted(tokens=True, values=True, reference=adapted)
     with _NoWholeLogits(tokens, vocab_size):
         found = model_stats(model, batch, wanted)
-        (found.token_logps.sum() + found.token_entropy.sum() + found.values.sum()).backward()
+        (found.token_logps.sum() + found.token_entropy.sum() + found.token_values.sum()).backward()
     with pytest.raises(AssertionError, match="made"), _NoWholeLogits(tokens, vocab_size):
         model(input_ids=batch["input_ids"])
+
+
+def test_an_output_stays_a_dictionary() -> None:
+    """DDP and others walk through it by keys(), values() and items()."""
+    assert not {field.name for field in dataclasses.fields(StatsOutput)} & set(dir(OrderedDict))
 
 
 @pytest.mark.parametrize(
@@ -255,10 +262,10 @@ def values_of(model: Any, batch: dict[str, Tensor]) -> StatsOutput:
 def test_values_are_of_the_state_before_each_token() -> None:
     model, batch = ready(tiny_model()), padded_batch()
     add_value_head(model, None)
-    assert not values_of(model, batch).values.any()  # they start at 0
+    assert not values_of(model, batch).token_values.any()  # they start at 0
     torch.nn.init.normal_(model.value_head.linear.weight)
     torch.nn.init.normal_(model.value_head.linear.bias)
-    found = values_of(model, batch).values
+    found = values_of(model, batch).token_values
     wide = copy.deepcopy(model).double()
     hidden = wide.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     want = (hidden @ wide.value_head.linear.weight[0] + wide.value_head.linear.bias).roll(1, dims=1)
@@ -280,7 +287,7 @@ def test_values_stay_fp32_in_a_16_bit_model() -> None:
     install_stats_forward(model)
     add_value_head(model, None)
     assert model.value_head.linear.weight.dtype == torch.float32
-    assert values_of(model, padded_batch()).values.dtype == torch.float32
+    assert values_of(model, padded_batch()).token_values.dtype == torch.float32
 
 
 @pytest.mark.parametrize("adapted", [False, True])
