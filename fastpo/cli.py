@@ -129,7 +129,7 @@ def _from_file_to_file(command: str, argv: list[str]) -> None:
     from fastpo.yaml_arguments import parse_arguments
 
     module = importlib.import_module(FILE_COMMANDS[command][0])
-    print(module.run(parse_arguments(module.Arguments, argv)))
+    print(module.run(parse_arguments(module.Arguments, argv, f"fastpo {command}")))
 
 
 def _tell_translation(path: str, overrides: list[str], training: bool = False) -> None:

@@ -1,6 +1,7 @@
 """Completions of prompts, sampled by transformers' `generate`."""
 
 import contextlib
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -83,11 +84,17 @@ def generate(
         mask[row, width - len(prompt) :] = 1
     config = GenerationConfig(
         max_new_tokens=sampling.max_completion_length, do_sample=True, temperature=sampling.temperature,
-        top_p=sampling.top_p, top_k=sampling.top_k, pad_token_id=padding, eos_token_id=ends, use_cache=True,
+        top_p=sampling.top_p, top_k=sampling.top_k, pad_token_id=padding, eos_token_id=ends,
     )  # fmt: skip
     with _sampling_only(lm, seed):
         whole = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return [_until_end(row.tolist(), set(ends)) for row in whole[:, width:]]
+
+
+def seed_of(*parts: int) -> int:
+    """A seed, below 2**63, of a part of some work, such as a batch: those of different parts are independent."""
+    # Hashed, since a CPU's generator reads the low 32 bits alone.
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
 def end_tokens(generation_config: Any, eos_token_id: int | Sequence[int] | None) -> list[int]:

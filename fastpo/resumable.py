@@ -73,7 +73,7 @@ class ResumableJsonl:
         # It is not flushed to the disk: that would cost more than it saves, since a resumed run checks what it finds.
         left = memoryview("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
         size = self._file.seek(0, os.SEEK_END)
-        with writing(self.path, clean=lambda: self._file.truncate(size)):
+        with writing(self.path, clean=lambda: os.truncate(self.partial, size)):
             while left:
                 left = left[self._file.write(left) :]
 

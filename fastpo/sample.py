@@ -1,6 +1,5 @@
 """`fastpo sample`: several responses of each prompt, into a file that a killed run goes on with."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,15 +16,15 @@ from fastpo.config import option
 from fastpo.data import read_dataset
 from fastpo.file_commands import DTYPES, check_fields, provenance, write_batches
 from fastpo.fingerprint import model_fingerprint, rows_fingerprint
-from fastpo.generation import Completion, Sampling, check_positions, generate, said
+from fastpo.generation import Completion, Sampling, check_positions, generate, said, seed_of
 from fastpo.prompts import tokenize_prompts
 from fastpo.resumable import check_one_process, check_output_file
 
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("transformers", "vllm")
-# Columns of the response files.
-OWN = ("index", "prompt", "responses", "finished")
+# Columns that are written anew, or would be about other responses.
+OWN = ("index", "prompt", "responses", "finished", "rewards", "sigmas")
 
 
 @dataclass(frozen=True)
@@ -109,12 +108,6 @@ def run(arguments: Arguments) -> str:
     )
 
 
-def batch_seed(seed: int, batch: int) -> int:
-    """The seed of a batch: different ones are independent, and a resumed run has the same."""
-    # Hashed, since CPU generators read the low 32 bits alone.
-    return int.from_bytes(hashlib.sha256(f"{seed} {batch}".encode()).digest()[:8], "big") >> 1
-
-
 def summarize(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     """Numbers of rows, responses, unfinished ones, empty ones, and distinct ones among those of a prompt."""
     counts = dict.fromkeys(("rows", "responses", "unfinished", "empty", "distinct"), 0)
@@ -133,7 +126,7 @@ def _responses(
 ) -> list[dict[str, Any]]:
     n = arguments.num_generations
     completions = backend.generate(
-        [row["prompt_ids"] for row in batch for _ in range(n)], arguments, seed=batch_seed(arguments.seed, number),
+        [row["prompt_ids"] for row in batch for _ in range(n)], arguments, seed=seed_of(arguments.seed, number),
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     found = []
@@ -173,21 +166,15 @@ def _tokenizer(arguments: Arguments) -> Any:
 
 
 def _backend(arguments: Arguments) -> Backend:
-    name = arguments.model_name_or_path
+    name, device = arguments.model_name_or_path, torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     if arguments.backend == "vllm":
         from fastpo import vllm_backend
 
-        tokenizer = arguments.tokenizer_name_or_path or name
-        llm = vllm_backend.load(name, tokenizer, arguments.dtype, arguments.seed)
-        return Backend(
-            partial(vllm_backend.generate, llm), vllm_backend.config_of(llm), vllm_backend.fingerprint(name), _device()
-        )
+        config, fingerprint = vllm_backend.describe(name)
+        llm = vllm_backend.load(name, arguments.tokenizer_name_or_path or name, arguments.dtype)
+        return Backend(partial(vllm_backend.generate, llm), config, fingerprint, device)
     model = _load(name, arguments.dtype)
-    return Backend(partial(generate, model), model.config, model_fingerprint(model), _device())
-
-
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return Backend(partial(generate, model), model.config, model_fingerprint(model), device)
 
 
 def _load(name: str, dtype: str) -> Any:

@@ -1,15 +1,11 @@
 """`fastpo score`: rewards of responses, of single completions, or of both sides of preference pairs."""
 
-import inspect
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from xxhash import xxh3_128
 
 from fastpo.config import option
 from fastpo.data import BadRowError, Text, read_dataset
@@ -96,9 +92,7 @@ def run(arguments: Arguments) -> str:
 
 def _of_function(name: str) -> Scorer:
     function = load_reward_function(name)
-    code = inspect.getsourcefile(function) if inspect.isfunction(function) else None
-    digest = xxh3_128(Path(code).read_bytes()).hexdigest() if code else None
-    return Scorer(lambda *said: (function_rewards(function, *said), None), {"code_fingerprint": digest})
+    return Scorer(lambda *said: (function_rewards(function, *said), None), {})
 
 
 def _of_model(arguments: Arguments) -> Scorer:
@@ -117,12 +111,11 @@ def _model_rewards(
         mean, variance = model.score(prompts, completions)
     except BadRowError as error:
         raise ValueError(f"dataset rows {index[0]} to {index[-1]}: {error}") from error
-    for row, *values in zip(
-        index, mean.tolist(), [0.0] * len(mean) if variance is None else variance.tolist(), strict=True
-    ):
+    rewards, variances = mean.tolist(), None if variance is None else variance.tolist()
+    for row, *values in zip(index, rewards, variances or rewards, strict=True):
         if not all(map(math.isfinite, values)):
             raise ValueError(f"reward_model must give finite rewards, got {values[0]} for dataset row {row}")
-    return mean.tolist(), None if variance is None else [math.sqrt(value) for value in variance.tolist()]
+    return rewards, None if variances is None else list(map(math.sqrt, variances))
 
 
 def _scored(batch: Sequence[Mapping[str, Any]], form: Form, scorer: Scorer) -> list[dict[str, Any]]:

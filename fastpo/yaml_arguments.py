@@ -1,5 +1,6 @@
 """A YAML file and command-line overrides become a validated dataclass."""
 
+import argparse
 import dataclasses
 import difflib
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 Arguments = TypeVar("Arguments")
+SETTINGS = "Settings stand in the file, or on the command line, which wins."
 
 
 class Parser(HfArgumentParser):
@@ -18,21 +20,43 @@ class Parser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse_arguments(kind: type[Arguments], argv: list[str]) -> Arguments:
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that says which default a field has, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+def parse_arguments(kind: type[Arguments], argv: list[str], command: str) -> Arguments:
     """A dataclass from ``[FILE.yaml] --key value ...``; the command line wins over the file.
 
+    Args:
+        kind: a dataclass whose fields are single values, made by `fastpo.config.option`.
+        argv: of the command line, without the command.
+        command: what help calls it.
+
     Raises:
-        ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
+        ValueError, TypeError: an unknown key (naming the nearest), or a value of the wrong kind or out of range.
+        SystemExit: 0, where help was asked for, which is printed.
     """
-    path, overrides = (argv[0], argv[1:]) if argv and not argv[0].startswith("--") else (None, argv)
+    usage = f"{command} [FILE.yaml] [--key value ...]"
+    parser = Parser(
+        kind, prog=command, usage=usage, description=SETTINGS, allow_abbrev=False, formatter_class=_Formatter
+    )
+    if {"-h", "--help"} & set(argv):
+        parser.print_help()
+        raise SystemExit(0)
+    path, overrides = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     said = {} if path is None else read_yaml(path)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in said:
+    for key, value in said.items():
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
+        if isinstance(value, list | dict):
+            raise ValueError(f"{path}: {key} must be one value, got {value!r}")
     check_known(overrides, known)
-    parser = Parser(kind, allow_abbrev=False)
-    parser.set_defaults(**said)
+    # argparse converts a default, and so checks it, where it is a string.
+    parser.set_defaults(**{key: str(x) if isinstance(x, bool | int | float) else x for key, x in said.items()})
     (parsed,) = parser.parse_args_into_dataclasses(overrides, look_for_args_file=False)
     return parsed
 

@@ -155,6 +155,7 @@ ONLY_FROM: dict[str, tuple[str, ...]] = {
     "fastpo.integrations.llamafactory": ("fastpo.integrations.llamafactory",),
     "llamafactory": ("fastpo.integrations.llamafactory",),
     "trl": ("fastpo.integrations", "bench"),
+    "vllm": ("fastpo.vllm_backend",),
     "triton": (
         *("fastpo.kernels.autotune", "fastpo.kernels.backward_kernels", "fastpo.kernels.device"),
         *("fastpo.kernels.forward_kernels", "fastpo.kernels.fused", "bench.compile"),
