@@ -215,7 +215,7 @@ def test_it_learns_and_says_how_well(tmp_path: Path, causal: str, fields: dict[s
     trainer.train()
     assert trainer.state.log_history[0]["nll"] == pytest.approx(math.log(2))  # whatever the seed
     found = trainer.evaluate()
-    assert found["eval_rewards/accuracies"] >= 0.7 and found["eval_nll"] < 0.6 and found["eval_own"] == 1
+    assert losses(trainer)[-1] < 0.3 and found["eval_rewards/accuracies"] >= 0.7 and found["eval_own"] == 1
     # Of all pairs at once, with the probabilities that the formula gives.
     rows = trainer.data_collator(list(trainer.eval_dataset))
     answer = trainer.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
@@ -386,7 +386,9 @@ def test_a_model_that_knows_its_padding_keeps_it(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_config(config)
     before = model.score.weight.detach().clone()
     trainer = trainer_for(tmp_path, model, processing_class=tiny_tokenizer())
-    assert model.config.pad_token_id == 7 and torch.equal(trainer.model.score.weight, before)
+    assert torch.equal(trainer.model.score.weight, before)
+    trainer.train()
+    assert model.config.pad_token_id == 7
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
