@@ -3,10 +3,14 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import reward_ddp
 import torch
 import torch.nn.functional as F
 import trl
@@ -248,6 +252,25 @@ def test_several_eval_datasets_and_predict(tmp_path: Path, causal: str) -> None:
     trainer = trainer_for(tmp_path, causal, eval_dataset={"a": tiny_pairs(3), "b": tiny_pairs(5)})
     assert {"eval_a_ece", "eval_b_nll"} <= set(trainer.evaluate())
     assert "test_ece" in trainer.predict(tiny_pairs(3)).metrics
+
+
+def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "policy")
+    here = Path(reward_ddp.__file__).parent
+    paths = {"PYTHONPATH": f"{here}{os.pathsep}{here.parent}", "OMP_NUM_THREADS": "1"}
+    launch = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    command = [sys.executable, "-m", *launch, reward_ddp.__file__, str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reward_ddp.main(str(tmp_path))
+    alone, *both = (torch.load(tmp_path / f"found.{name}") for name in ("alone", "0", "1"))
+    for found in both:
+        for case, expected in alone.items():
+            assert found[case]["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+            # Each of the five held-out pairs once, though three batches of two have six places.
+            assert found[case]["found"] == pytest.approx(expected["found"], rel=1e-3)
+            for name, weight in expected["weights"].items():
+                torch.testing.assert_close(found[case]["weights"][name], weight, rtol=1e-3, atol=1e-5)
 
 
 # --- saved, loaded, resumed -------------------------------------------------------------------------------------------
