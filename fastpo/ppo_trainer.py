@@ -186,7 +186,7 @@ class PPOTrainer(StageTrainer):
 
         Returns:
             input_ids, attention_mask, completion_mask (R, T), index (R,); loss_mask (R, T), 1 on the tokens that train;
-            old_logps, ref_logps, kl (R, T), in nats, and with a value head values (R, T); rewards, beta (R,), base_beta
+            old_logps, ref_logps, kl (R, T), in nats, and with a value head token_values (R, T); rewards, beta (R,), base_beta
             (R,) before s(x), and with a Beta head log_s (R,); prompt: features for a Beta head that trains; metrics.
         """
         args, training = self.args, self.model.training
@@ -214,7 +214,7 @@ class PPOTrainer(StageTrainer):
             "old_logps": policy["token_logps"], "ref_logps": ref_logps, "kl": kl, "rewards": rewards,
             "base_beta": base_beta, "beta": base_beta if policy.log_s is None else base_beta * policy.log_s.exp(),
             "prompt": prompt if args.kl_target is not None else {},
-            **{name: policy[name] for name in ("log_s", "values") if name in policy},
+            **{name: policy[name] for name in ("log_s", "token_values") if name in policy},
         }  # fmt: skip
         batch["metrics"] = _metrics(batch, policy, finished, generations)
         batch["metrics"] |= {f"rewards/{name}/mean": part.nanmean() for name, part in scored.parts.items()}
@@ -244,7 +244,7 @@ class PPOTrainer(StageTrainer):
         args, mask = self.args, batch["completion_mask"]
         rewards = token_rewards(batch["rewards"], batch["kl"], batch["beta"], mask)
         if args.advantage == "gae":
-            advantages, returns = gae(rewards, batch["values"], mask, args.gamma, args.lam)
+            advantages, returns = gae(rewards, batch["token_values"], mask, args.gamma, args.lam)
             return batch | {"advantages": advantages, "returns": returns}
         return batch | {"advantages": group_advantages(rewards, mask, args.num_generations, args.advantage)}
 
@@ -274,12 +274,12 @@ class PPOTrainer(StageTrainer):
         """The stage's `LossOutput` for a rollout on the model's device."""
         args, head = self.args, self.objective.beta_head
         wanted = Wanted(
-            tokens=True, values="values" in inputs, temperature=args.temperature, log_s=args.kl_target is not None
+            tokens=True, values="token_values" in inputs, temperature=args.temperature, log_s=args.kl_target is not None
         )
         policy = model_stats(model, inputs, wanted, inputs["prompt"] or None)
         found = ppo_stage(
             policy["token_logps"], inputs["old_logps"], inputs["advantages"], inputs["loss_mask"], epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.values, old_values=inputs.get("values"),
+            epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.token_values, old_values=inputs.get("token_values"),
             returns=inputs.get("returns"), vf_coef=args.vf_coef, beta=inputs["base_beta"],
             log_s=inputs.get("log_s") if policy.log_s is None else policy.log_s, s_max=head.s_max,
             kl_target=args.kl_target, totals=totals,

@@ -97,6 +97,7 @@ class RewardTrainer(PairTrainer):
             eval_dataset=eval_dataset, processing_class=processing_class, compute_metrics=compute_metrics,
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
+        self.add_callback(_KeepPadding(causal_lm(self.model).config.get_text_config()))
 
     @property
     def gaussian(self) -> bool:
@@ -149,6 +150,17 @@ class RewardTrainer(PairTrainer):
         if self.gaussian:
             _copy_mean(self.model, state_dict)
         super()._save(output_dir, state_dict)
+
+
+class _KeepPadding(TrainerCallback):
+    """Where a reward is read depends on the config's padding token, which transformers' Trainer makes the tokenizer's
+    as training begins."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.pad_token_id = config, config.pad_token_id
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.config.pad_token_id = self.pad_token_id
 
 
 def _with_adapter(model: Any, peft_config: Any, args: PreferenceTrainingArguments) -> Any:

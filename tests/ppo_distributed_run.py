@@ -21,7 +21,7 @@ def odd(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     return [float(sum(token % 2 for token in ids)) for ids in completion_ids]
 
 
-def run(folder: Path, resume: bool = False, **fields: Any) -> dict[str, Any]:
+def run(folder: Path, resume: bool = False, advantage: str = "rloo") -> dict[str, Any]:
     """Weights, head and logs after training on 4 prompts a step, however many processes share them."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     AcceleratorState._reset_state()
@@ -30,7 +30,8 @@ def run(folder: Path, resume: bool = False, **fields: Any) -> dict[str, Any]:
         per_device_train_batch_size=8, gradient_accumulation_steps=2 // processes, optim="sgd", learning_rate=0.3,
         max_grad_norm=0.0, max_steps=5, logging_steps=1, save_steps=3, save_total_limit=1, disable_tqdm=True,
         report_to=[], add_beta_head=True, beta_mode="dynamic_scaling", kl_target=0.5, beta=0.5,
-        lr_scheduler_type="constant", ddp_find_unused_parameters=False, per_device_eval_batch_size=2, **fields,
+        lr_scheduler_type="constant", ddp_find_unused_parameters=False, per_device_eval_batch_size=2,
+        advantage=advantage,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": [f"Tell me of {word}" for word in WORDS]})
     trainer = PPOTrainer(
@@ -51,7 +52,9 @@ def main(folder: str) -> None:
     PartialState(cpu=True)  # starts the process group
     whole = run(Path(folder, "run"))
     resumed = run(Path(folder, "run"), resume=True)  # from step 3, whose rollouts serve step 4 too
-    torch.save({"whole": whole, "resumed": resumed}, f"{folder}/found.{os.environ['RANK']}")
+    values = run(Path(folder, "values"), advantage="gae")
+    found = {"whole": whole, "resumed": resumed, "values": values}
+    torch.save(found, f"{folder}/found.{os.environ['RANK']}")
 
 
 if __name__ == "__main__":

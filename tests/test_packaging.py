@@ -137,6 +137,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         | {"fastpo.regularizers", "fastpo.schedules", "fastpo.scores", "fastpo.types"},
         {"torch"},
     ),
+    "fastpo.calibration": ({"fastpo.links"}, {"torch"}),
     "fastpo.chat_templates": (set(), set()),
     "fastpo.freezing": (set(), {"torch"}),
     "fastpo.integrations.llamafactory_recipes.meanings": ({"fastpo.chat_templates", "fastpo.stages"}, set()),

@@ -40,3 +40,10 @@ def test_every_process_resumes_within_the_use_of_its_rollouts(two: list[dict[str
         assert resumed["logs"] == whole["logs"] and len(whole["logs"]) == 5
         assert [name for name, x in whole["weights"].items() if not torch.equal(x, resumed["weights"][name])] == []
     assert two[0]["whole"]["evaluation"] == two[1]["whole"]["evaluation"]
+
+
+def test_a_value_head_trains_on_both_alike(two: list[dict[str, Any]]) -> None:
+    """Advantages are whitened over a process's tokens, so that one process would train otherwise."""
+    first, second = (process["values"]["weights"] for process in two)
+    assert [name for name, x in first.items() if not torch.equal(x, second[name])] == []
+    assert first["value_head.linear.weight"].any()

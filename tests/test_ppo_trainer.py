@@ -277,6 +277,14 @@ def test_the_reference_below_an_adapter_is_that_of_a_copy(tmp_path: Path) -> Non
     assert abs(found[False][1][-1]) > 1e-4
 
 
+def test_dropout_that_stays_on_is_off_while_rollouts_are_made(tmp_path: Path) -> None:
+    trainer = ppo(tmp_path, tiny_model(attention_dropout=0.5), disable_dropout=False)
+    trainer.model.train()
+    rows = list(trainer.train_dataset)[:2]
+    first, second = (trainer.roll_out(rows, 2, seed=1) for _ in range(2))
+    assert torch.equal(first["old_logps"], second["old_logps"]) and trainer.model.training
+
+
 # --- completions and rewards ------------------------------------------------------------------------------------------
 
 
