@@ -186,8 +186,9 @@ class PPOTrainer(StageTrainer):
 
         Returns:
             input_ids, attention_mask, completion_mask (R, T), index (R,); loss_mask (R, T), 1 on the tokens that train;
-            old_logps, ref_logps, kl (R, T), in nats, and with a value head token_values (R, T); rewards, beta (R,), base_beta
-            (R,) before s(x), and with a Beta head log_s (R,); prompt: features for a Beta head that trains; metrics.
+            old_logps, ref_logps, kl (R, T), in nats, and with a value head token_values (R, T); rewards, beta (R,),
+            base_beta (R,) before s(x), and with a Beta head log_s (R,); prompt: features for a Beta head that trains;
+            metrics: name -> ().
         """
         args, training = self.args, self.model.training
         self.model.eval()
@@ -217,9 +218,10 @@ class PPOTrainer(StageTrainer):
             **{name: policy[name] for name in ("log_s", "token_values") if name in policy},
         }  # fmt: skip
         batch["metrics"] = _metrics(batch, policy, finished, generations)
-        batch["metrics"] |= {f"rewards/{name}/mean": part.nanmean() for name, part in scored.parts.items()}
+        of_rewards = {f"rewards/{name}/mean": part.nanmean() for name, part in scored.parts.items()}
         if scored.sigma is not None:
-            batch["metrics"]["sigma/mean"] = scored.sigma.mean()
+            of_rewards["sigma/mean"] = scored.sigma.mean()
+        batch["metrics"] |= {name: mean.to(args.device) for name, mean in of_rewards.items()}
         return batch
 
     def _known(self, batch: dict[str, Tensor]) -> tuple[StatsOutput, Tensor, dict[str, Tensor]]:
@@ -279,10 +281,10 @@ class PPOTrainer(StageTrainer):
         policy = model_stats(model, inputs, wanted, inputs["prompt"] or None)
         found = ppo_stage(
             policy["token_logps"], inputs["old_logps"], inputs["advantages"], inputs["loss_mask"], epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.token_values, old_values=inputs.get("token_values"),
-            returns=inputs.get("returns"), vf_coef=args.vf_coef, beta=inputs["base_beta"],
-            log_s=inputs.get("log_s") if policy.log_s is None else policy.log_s, s_max=head.s_max,
-            kl_target=args.kl_target, totals=totals,
+            epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.token_values,
+            old_values=inputs.get("token_values"), returns=inputs.get("returns"), vf_coef=args.vf_coef,
+            beta=inputs["base_beta"], log_s=inputs.get("log_s") if policy.log_s is None else policy.log_s,
+            s_max=head.s_max, kl_target=args.kl_target, totals=totals,
         )  # fmt: skip
         return found._replace(metrics=found.metrics | inputs["metrics"])
 
