@@ -20,7 +20,7 @@ from fastpo import PPOTrainer, PPOTrainingArguments, load_heads
 from fastpo.architecture import attach_head, heads_of
 from fastpo.checkpoints import newest_checkpoint
 from fastpo.generation import Completion
-from fastpo.heads import DiscoHead
+from fastpo.heads import BetaHead, DiscoHead
 from fastpo.rollouts import PromptSampler
 from fastpo.scoring import RewardModel
 
@@ -129,6 +129,18 @@ def test_a_frozen_head_stays_as_it_is(tmp_path: Path) -> None:
     assert_same(dict(head.state_dict()), before)
     assert logged(trainer, "beta/std")[-1] > 0 and logged(trainer, "log_s/mean")[-1] != 0
     assert "dual_loss" not in trainer.state.log_history[0]
+
+
+def test_a_head_that_lies_beside_the_model_says_s(tmp_path: Path) -> None:
+    model = tiny_model()
+    attach_head(model, BetaHead(32))
+    with torch.no_grad():
+        model.beta_head.layers[-1].bias.fill_(0.4)
+    model.save_pretrained(tmp_path / "learned")
+    trainer = ppo(tmp_path / "run", str(tmp_path / "learned"), **LEARNED)
+    rolled = trainer.roll_out(list(trainer.train_dataset)[:1], 2, seed=0)
+    bound = math.log(4)
+    assert rolled["beta"].tolist() == pytest.approx([0.5 * math.exp(bound * math.tanh(0.4 / bound))] * 2)
 
 
 def test_the_dual_update_lowers_s_where_the_kl_is_below_the_target(tmp_path: Path) -> None:
