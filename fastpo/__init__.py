@@ -26,14 +26,20 @@ if TYPE_CHECKING:
     from fastpo.backbone import install_stats_forward, model_stats
     from fastpo.collation import PreferenceCollator
     from fastpo.data import read_dataset
+    from fastpo.ppo_arguments import PPOTrainingArguments
+    from fastpo.ppo_trainer import PPOTrainer
+    from fastpo.reward_trainer import RewardTrainer
     from fastpo.tokenization import tokenize_dataset
     from fastpo.trainer import PreferenceTrainer
 
 # These need transformers and datasets, which the loss import alone does without.
 _TRAINER_SIDE = {
+    "PPOTrainer": "fastpo.ppo_trainer",
+    "PPOTrainingArguments": "fastpo.ppo_arguments",
     "PreferenceCollator": "fastpo.collation",
     "PreferenceTrainer": "fastpo.trainer",
     "PreferenceTrainingArguments": "fastpo.arguments",
+    "RewardTrainer": "fastpo.reward_trainer",
     "install_stats_forward": "fastpo.backbone",
     "load_heads": "fastpo.architecture",
     "model_stats": "fastpo.backbone",
@@ -49,11 +55,14 @@ __all__ = [
     "ExtendedTokenStats",
     "JointStats",
     "LossOutput",
+    "PPOTrainer",
+    "PPOTrainingArguments",
     "PreferenceBatch",
     "PreferenceCollator",
     "PreferenceConfig",
     "PreferenceTrainer",
     "PreferenceTrainingArguments",
+    "RewardTrainer",
     "SequenceStats",
     "StepTotals",
     "TokenStats",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from transformers import TrainingArguments
 
 from fastpo.config import PROMPT_FEATURES, PreferenceConfig, option
+from fastpo.loss_inputs import check_reward_config
 from fastpo.stages import HEAD_STAGES, STAGES
 
 _DICTIONARIES = ("pref_loss_type", "beta_head_config", "regularizers", "beta_schedule")
@@ -67,6 +69,9 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
     reference_cache_dir: str | None = option(
         None, "Where they are kept and looked for; default: fastpo/reference in the Hugging Face cache."
     )
+    center_rewards_coefficient: float | None = option(
+        None, "Stage rm: weight of the mean of (r_chosen + r_rejected)^2, which keeps rewards around 0."
+    )
     # Where transformers' defaults do not suit preference training.
     learning_rate: float = option(1e-6, "The initial learning rate; about ten times more with LoRA.")
     logging_steps: float = option(10, "Log every so many steps, or this fraction of them.")
@@ -90,10 +95,7 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
             )
         if self.prefix_sharing and self.split_responses:
             raise ValueError("prefix_sharing=True needs both responses at once: split_responses must be False")
-        if self.stage != "dpo":
-            for name in ("prefix_sharing", "split_responses", "precompute_ref_log_probs"):
-                if getattr(self, name):
-                    raise ValueError(f"{name} belongs to stage dpo, got stage={self.stage!r}")
+        self._check_stage()
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor must be 0 here (the objective has label_smoothing), "
@@ -105,6 +107,20 @@ class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: 
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # nothing to pin for; torch warns at every loader
         super().__post_init__()
+
+    def _check_stage(self) -> None:
+        """What is asked for exists in the stage."""
+        if self.stage != "dpo":
+            for name in ("prefix_sharing", "split_responses", "precompute_ref_log_probs"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} belongs to stage dpo, got stage={self.stage!r}")
+        if self.stage == "rm" and self.padding_free:
+            raise ValueError("padding_free must be False in stage rm, whose rows are padded, got True")
+        weight = self.center_rewards_coefficient
+        if weight is not None and self.stage != "rm":
+            raise ValueError(f"center_rewards_coefficient belongs to stage rm, got stage={self.stage!r}")
+        if weight is not None and not 0 <= weight < math.inf:
+            raise ValueError(f"center_rewards_coefficient must be >= 0 and finite, or None, got {weight!r}")
 
     @property
     def preference_config(self) -> PreferenceConfig:
@@ -133,13 +149,16 @@ def build_objective(fields: Any, stage: str) -> PreferenceConfig:
     """`read_objective` of all its fields, for a stage.
 
     Raises:
-        TypeError, ValueError: as `PreferenceConfig`; or a head or regularisers that stage or beta_mode cannot use.
+        TypeError, ValueError: as `PreferenceConfig`; or a head, regularisers or another field that stage or beta_mode
+            cannot use.
     """
     objective = read_objective(fields)
     for name, stages in HEAD_STAGES.items():
         if getattr(objective, f"add_{name}") and stage not in stages:
             there = ", ".join(other for other in stages if other in STAGES)
             raise ValueError(f"add_{name} belongs to stage {there}, got stage={stage!r}")
+    if stage == "rm":
+        check_reward_config(objective)
     if objective.regularizers and objective.beta_mode != "dynamic_scaling":
         raise ValueError(
             f"regularizers act on a learned beta: they must be None with beta_mode={objective.beta_mode!r}, "
@@ -166,7 +185,7 @@ def parse_dict(name: str, value: Any) -> dict | None:
 def own_columns(args: PreferenceTrainingArguments) -> tuple[str, ...]:
     """The dataset's own columns that the objective may read, where they are there."""
     if args.stage != "dpo":
-        return ()
+        return ("margin",) if args.stage == "rm" else ()
     objective, columns = args.preference_config, ["context_scale", "pair_weight"]
     if objective.beta_mode == "dynamic_scaling":
         columns += [f"prompt_{name}" for name in PROMPT_FEATURES]

@@ -107,7 +107,10 @@ class EarlierLoss(TrainerCallback):
 
 
 class Meter:
-    """Row-weighted means of metrics between two logs; names that end in /min or /max keep their extreme."""
+    """Row-weighted means of metrics between two logs; names whose last part has min or max keep their extreme.
+
+    A batch in which a metric is NaN, because nothing there has it, does not count for it.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Tensor]] = defaultdict(list)
@@ -132,14 +135,21 @@ class Meter:
         stacked = {name: torch.stack(values).double() for name, values in self._values.items()}
         device = next(iter(stacked.values())).device
         weights = torch.tensor(self._weights, dtype=torch.float64, device=device)
-        extremes = {name: -1 if name.endswith("/max") else 1 for name in stacked if name.endswith(("/min", "/max"))}
-        sums = [(values * weights).sum() for name, values in stacked.items() if name not in extremes]
-        *totals, weight = accelerator.reduce(torch.stack([*sums, weights.sum()]), "sum").tolist()
-        found = dict(zip((name for name in stacked if name not in extremes), totals, strict=True))
-        found = {name: total / weight for name, total in found.items()}
+        extremes = {name: sign for name in stacked if (sign := _sign_of_extreme(name))}
+        means = {name: values for name, values in stacked.items() if name not in extremes}
+        sums = torch.stack([(torch.where(values.isnan(), 0, values) * weights).sum() for values in means.values()])
+        counts = torch.stack([(~values.isnan() * weights).sum() for values in means.values()])
+        totals, counted = accelerator.reduce(torch.stack((sums, counts)), "sum")
+        found = dict(zip(means, (totals / counted).tolist(), strict=True))
         if extremes:
             # The greatest is the negative of the least negative.
             lowest = torch.stack([(sign * stacked[name]).min() for name, sign in extremes.items()])
             everywhere = accelerator.gather(lowest).view(-1, len(extremes)).amin(dim=0).tolist()
             found |= {name: sign * low for (name, sign), low in zip(extremes.items(), everywhere, strict=True)}
         return found
+
+
+def _sign_of_extreme(name: str) -> int:
+    """1 of a least value, -1 of a greatest one, by its name (x/min, completions/max_length); 0 of others."""
+    last = name.rpartition("/")[2].split("_")
+    return ("min" in last) - ("max" in last)

@@ -20,7 +20,7 @@ REFERENCE_COLUMNS = tuple(
 )
 # Columns that travel to the loss, of numbers and of vectors; see `PreferenceBatch`.
 NUMBER_COLUMNS = (
-    "context_scale", "pair_weight", "score_chosen", "score_rejected", "prompt_perplexity", "prompt_entropy",
+    "context_scale", "pair_weight", "margin", "score_chosen", "score_rejected", "prompt_perplexity", "prompt_entropy",
     *REFERENCE_COLUMNS,
 )  # fmt: skip
 VECTOR_COLUMNS = ("prompt_hidden",)

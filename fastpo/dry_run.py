@@ -95,7 +95,7 @@ def dry_run(
         stack.enter_context(mode)
         trainer = _DryTrainer(
             mode=mode, model=_model(recipe, config), ref_model=_reference(recipe), args=args, train_dataset=data,
-            processing_class=_Tokenizer(2), peft_config=build_peft_config(recipe),
+            processing_class=_Tokenizer(2), peft_config=build_peft_config(recipe, args.stage),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -2,25 +2,33 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 from fastpo.config import PreferenceConfig
 from fastpo.links import LINKS
 from fastpo.methods import METHODS
 
+_IDLE_DISCO = "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
 
-def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None) -> str:
+
+def explain(config: PreferenceConfig, stage: str = "dpo", preset: str | None = None, ppo: Any = None) -> str:
     """Formula, words and warnings, as text.
 
     Args:
         config: the objective.
         stage: the stage of training.
         preset: the name of the method that it starts from, if any.
+        ppo: of stage ppo, its `PPOFields`.
     """
     if stage == "sft":
         return "stage sft: loss = -log pi(chosen), mean over the step's tokens; the objective's fields are not read."
+    formula, words = (_reward_formula, _reward_words) if stage == "rm" else (_formula, _words)
+    if stage == "ppo":
+        formula, words = partial(_ppo_formula, ppo=ppo), partial(_ppo_words, ppo=ppo)
     parts = {
-        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): _formula(config),
-        "In words": (f"- {line}" for line in _words(config)),
+        f"stage {stage}" + (f", preset {preset} ({METHODS[preset].source})" if preset else ""): formula(config),
+        "In words": (f"- {line}" for line in words(config)),
         "Warnings": (f"- {line}" for line in bad_pairings(config, preset)),
     }
     sections = [(title, list(lines)) for title, lines in parts.items()]
@@ -43,11 +51,7 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
         if phi:
             yield f"phi   = -{config.contextual_scaling_coef:g} * log(mean entropy of the reference / log V)"
     yield f"b     = {_beta(config)}"
-    terms = []
-    for name, share in config.loss_weights.items():
-        smoothed = config.label_smoothing and LINKS[name].of == "score"
-        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
-        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
+    terms = _losses(config)
     if config.sft_weight:
         terms.append(f"{config.sft_weight:g} * SFT ({config.sft_reduction})")
     if config.use_weighting:
@@ -55,9 +59,40 @@ def _formula(config: PreferenceConfig) -> Iterator[str]:
     for name, share in config.regularizer_weights.items():
         optional = config.regularizers is None and name == "confidence"
         terms.append(f"{share:g} * {name}(log s)" + " where the data has scores" * optional)
+    terms += _prior(config)
+    if "disco" in config.comparisons and config.beta_mode == "dynamic_scaling":
+        terms.append("(mean log variance)^2")
+    yield from _sum(terms, config)
+
+
+def _reward_formula(config: PreferenceConfig) -> Iterator[str]:
+    reward = "mu" if "disco" in config.comparisons else "r"
+    yield f"z     = {reward}_w - {reward}_l - m"
+    yield f"m     = the data's column margin, or {config.home_advantage:g} where there is none"
     if "disco" in config.comparisons:
-        terms += [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"] * (config.disco_prior_weight != 0)
-        terms += ["(mean log variance)^2"] * (config.beta_mode == "dynamic_scaling")
+        yield f"variance = var_w + var_l, at least {config.variance_floor:g}"
+    yield from _sum(_losses(config) + _prior(config), config)
+
+
+def _losses(config: PreferenceConfig) -> list[str]:
+    """The comparisons, with their weights."""
+    terms = []
+    for name, share in config.loss_weights.items():
+        smoothed = config.label_smoothing and LINKS[name].of == "score"
+        flipped = f" [{1 - config.label_smoothing:g} f(z) + {config.label_smoothing:g} f(-z)]" if smoothed else ""
+        terms.append(f"{'' if share == 1 else f'{share:g} * '}{name}{flipped}")
+    return terms
+
+
+def _prior(config: PreferenceConfig) -> list[str]:
+    """That of Gaussian rewards, where it has a weight."""
+    if "disco" not in config.comparisons or config.disco_prior_weight == 0:
+        return []
+    return [f"{config.disco_prior_weight:g} * KL(reward || N(0, 1))"]
+
+
+def _sum(terms: list[str], config: PreferenceConfig) -> Iterator[str]:
+    """The loss, and what its comparisons are."""
     yield f"loss  = {' + '.join(terms)}"
     for name in config.loss_weights:
         values = ", ".join(f"{option} = {getattr(config, option):g}" for option in LINKS[name].options)
@@ -99,6 +134,18 @@ def _words(config: PreferenceConfig) -> Iterator[str]:
     yield from _head_words(config)
 
 
+def _reward_words(config: PreferenceConfig) -> Iterator[str]:
+    if "disco" in config.comparisons:
+        yield "Rewards are Gaussian: the Disco head gives mean and variance at the last token of a response."
+    else:
+        yield "A reward is the model's score at the last token of a response."
+    yield "No reference model is read, and no beta."
+    if config.label_smoothing:
+        yield f"A label is taken to be flipped with probability {config.label_smoothing:g}."
+    if config.add_disco_head and "disco" not in config.comparisons:
+        yield _IDLE_DISCO
+
+
 def _head_words(config: PreferenceConfig) -> Iterator[str]:
     head = config.beta_head
     if config.beta_mode == "dynamic_scaling":
@@ -115,7 +162,45 @@ def _head_words(config: PreferenceConfig) -> Iterator[str]:
     if "disco" in config.comparisons:
         yield "Rewards are Gaussian: implicit rewards are the means, the Disco head gives the variances."
     elif config.add_disco_head:
-        yield "A Disco head exists, is saved and loaded, and is not used: pref_loss_type is not disco."
+        yield _IDLE_DISCO
+
+
+def _ppo_formula(config: PreferenceConfig, *, ppo: Any) -> Iterator[str]:
+    estimate = {"k1": "log pi - log ref", "k3": "ref/pi - 1 - log(ref/pi)"}[ppo.kl_estimator]
+    yield f"r_t   = -b * KL_t + [t is last] * r(x, y), KL_t = {estimate} ({ppo.kl_estimator})"
+    if ppo.risk_aversion:
+        yield f"r     = mean - {ppo.risk_aversion:g} * deviation, of Gaussian rewards"
+    yield f"b     = {_beta(config)}"
+    yield {
+        "rloo": "A     = G - mean of the other completions' G, G = sum of r_t",
+        "grpo": "A     = (G - mean of the prompt's G) / (their deviation + 1e-4), G = sum of r_t",
+        "gae": f"A     = sum of ({ppo.gamma:g} * {ppo.lam:g})^k (r_t+k + {ppo.gamma:g} V_t+k+1 - V_t+k), whitened",
+    }[ppo.advantage]
+    high = ppo.epsilon if ppo.epsilon_high is None else ppo.epsilon_high
+    terms = [f"-min(ratio A, clip(ratio, {1 - ppo.epsilon:g}, {1 + high:g}) A)"]
+    if ppo.advantage == "gae":
+        terms.append(f"{ppo.vf_coef:g} * (V - return)^2 / 2")
+    yield f"loss  = {' + '.join(terms)}, mean over the step's tokens"
+    if ppo.kl_target is not None:
+        yield f"        + -b * (KL - {ppo.kl_target:g}), mean over completions, KL = sum of KL_t: moves s(x) alone"
+
+
+def _ppo_words(config: PreferenceConfig, *, ppo: Any) -> Iterator[str]:
+    several = ppo.num_iterations > 1
+    cut = f", top_p {ppo.top_p:g}" * (ppo.top_p < 1) + f", top_k {ppo.top_k}" * (ppo.top_k > 0)
+    yield (
+        f"{ppo.num_generations} completions are drawn of each prompt, of at most {ppo.max_completion_length} "
+        f"tokens, at temperature {ppo.temperature:g}{cut}, for {ppo.num_iterations} optimiser step{'s' * several}."
+    )
+    yield "The reference is the model before training, or without its adapter, or ref_model."
+    yield "A column beta_scale of the dataset multiplies b for its prompt."
+    if config.beta_mode == "dynamic_scaling":
+        how = "is frozen" if ppo.kl_target is None else f"rises where a prompt's KL is above {ppo.kl_target:g} nats"
+        yield f"s(x), of a Beta head on features of the prompt under the reference, {how}."
+    elif config.add_beta_head:
+        yield "A Beta head exists, is saved and loaded, and is not used: beta_mode is fixed."
+    if ppo.mask_truncated_completions:
+        yield "Completions that do not come to their end are left out of the loss."
 
 
 def bad_pairings(config: PreferenceConfig, preset: str | None = None) -> list[str]:

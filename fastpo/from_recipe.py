@@ -13,7 +13,11 @@ from fastpo.chat_templates import set_chat_template
 from fastpo.data import PROMPT_NUMBER, find_form, read_dataset
 from fastpo.freezing import train_only
 from fastpo.integrations.llamafactory_recipes.datasets import CONVERSATION, read_named_datasets
+from fastpo.ppo_arguments import PPOTrainingArguments
+from fastpo.prompts import find_prompt
 from fastpo.recipe import RecipeArguments
+from fastpo.reward_loading import load_reward_model, new_reward_model
+from fastpo.rollouts import tokenized_prompts
 from fastpo.tokenization import tokenize_dataset
 from fastpo.tokenizer import train_tokenizer
 
@@ -32,7 +36,10 @@ def read_splits(recipe: RecipeArguments, seed: int, stage: str) -> tuple[Dataset
     """Training and held-out rows as they stand in the files; the held-out fraction depends on the seed alone."""
     assert recipe.dataset is not None
     train = _read_rows(recipe, recipe.dataset, recipe.dataset_split, seed, stage)
-    find_form(train.column_names, stage, recipe.dataset)
+    if stage == "ppo":
+        find_prompt(train.column_names, recipe.dataset)
+    else:
+        find_form(train.column_names, stage, recipe.dataset)
     # The rows' numbers in the file travel along, so that an error or a diverging loss names the right one.
     if "index" in train.column_names:
         train = train.remove_columns("index")
@@ -93,12 +100,19 @@ def build_model(recipe: RecipeArguments, args: PreferenceTrainingArguments, toke
     freezes asks for no gradient."""
     model, adapters = _model(recipe, args, tokenizer), _names(recipe.merge_adapters or [])
     for adapter in adapters:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = _merged(model, adapter, args.stage)
     model.merged_adapters = adapters  # for the model card: a new adapter does not load without them
     freeze(recipe, model)
     return model
+
+
+def _merged(model: Any, adapter: str, stage: str) -> Any:
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(adapter)
+    if stage == "rm" and config.task_type == "CAUSAL_LM":
+        config.task_type = None  # its layers are the backbone's, and what it has on an LM head has no place here
+    return PeftModel.from_pretrained(model, adapter, config=config).merge_and_unload()
 
 
 def freeze(recipe: RecipeArguments, model: Any) -> None:
@@ -113,13 +127,15 @@ def _model(recipe: RecipeArguments, args: PreferenceTrainingArguments, tokenizer
     if recipe.load_in_4bit:
         extra["quantization_config"] = _four_bits(recipe.dtype)
     if recipe.model_name_or_path is not None:
-        return AutoModelForCausalLM.from_pretrained(
+        load = load_reward_model if args.stage == "rm" else AutoModelForCausalLM.from_pretrained
+        return load(
             recipe.model_name_or_path, dtype=weights_dtype(recipe), trust_remote_code=recipe.trust_remote_code, **extra
         )
     config = model_config(recipe, tokenizer)
     set_seed(args.seed)
     dtype = {} if recipe.dtype == "auto" else {"dtype": recipe.dtype}
-    return AutoModelForCausalLM.from_config(config, **dtype, **extra)
+    make = new_reward_model if args.stage == "rm" else AutoModelForCausalLM.from_config
+    return make(config, **dtype, **extra)
 
 
 def model_config(recipe: RecipeArguments, tokenizer: Any) -> Any:
@@ -156,7 +172,7 @@ def build_reference(recipe: RecipeArguments) -> Any:
     )
 
 
-def build_peft_config(recipe: RecipeArguments) -> Any:
+def build_peft_config(recipe: RecipeArguments, stage: str = "dpo") -> Any:
     if not recipe.use_peft:
         return None
     from peft import LoraConfig
@@ -170,7 +186,7 @@ def build_peft_config(recipe: RecipeArguments) -> Any:
         modules_to_save=_names(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
         use_rslora=recipe.use_rslora,
         use_dora=recipe.use_dora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if stage == "rm" else "CAUSAL_LM",
     )
 
 
@@ -185,9 +201,15 @@ def tokenize_splits(
     """Tokenise here rather than in the trainer, so that rows are named by their file."""
     sources = (recipe.dataset, recipe.eval_dataset or recipe.dataset)
     return [
-        None if rows is None else tokenize_dataset(
-            rows, tokenizer, stage=args.stage, max_length=args.max_length, source=str(source),
-            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
-        )
+        None if rows is None else _tokenized(rows, str(source), args, tokenizer)
         for rows, source in zip(splits, sources, strict=True)
-    ]  # fmt: skip
+    ]
+
+
+def _tokenized(rows: Dataset, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Dataset:
+    if isinstance(args, PPOTrainingArguments):
+        return tokenized_prompts(rows, source, args, tokenizer)
+    return tokenize_dataset(
+        rows, tokenizer, stage=args.stage, max_length=args.max_length, source=source,
+        skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
+    )  # fmt: skip

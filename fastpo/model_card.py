@@ -18,6 +18,7 @@ from fastpo.data import FILE_LOADERS
 from fastpo.explain import explain
 from fastpo.files import replacing
 from fastpo.methods import METHODS
+from fastpo.ppo_arguments import PPOFields
 from fastpo.reporting import TABLE_ROWS
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 MARKER = "<!-- Written by fastpo, which replaces this file after training. Delete this line to keep the file. -->"
 CARD_FILE = "README.md"
 PACKAGES = ("fastpo", "torch", "transformers", "accelerate", "peft", "datasets")
+# Told by name, without their folders.
+_REWARDS = ("reward_model", "reward_funcs", "reward_weights")
 # Fields of the objective with which a method is still that method.
 ANY_VALUE = {"beta", "beta_schedule", "beta_head_config", "regularizers"}
 
@@ -55,11 +58,12 @@ def model_card(trainer: Any, model_name: str | None, dataset_name: str | None, t
     """The card's text; arguments as in `write_model_card`."""
     args, base = trainer.args, _hub_name(getattr(causal_lm(trainer.model).config, "_name_or_path", None))
     methods = methods_of(trainer.objective) if args.stage == "dpo" else []
+    task = "text-classification" if args.stage == "rm" else "text-generation"
     dataset = _hub_name(dataset_name)
     data = ModelCardData(
         base_model=base, library_name="peft" if _adapters(trainer) else "transformers",
         tags=list(dict.fromkeys(["fastpo", args.stage, *methods, *heads_of(trainer.model), *tags])),
-        datasets=None if dataset is None else [dataset], pipeline_tag="text-generation",
+        datasets=None if dataset is None else [dataset], pipeline_tag=task,
     )  # fmt: skip
     title = model_name or str(args.hub_model_id or Path(args.output_dir).name).rpartition("/")[2]
     sections: dict[str, Iterable[str]] = {
@@ -101,20 +105,31 @@ def _objective(trainer: Any, methods: list[str]) -> Iterator[str]:
     stage, objective = trainer.args.stage, trainer.objective
     for name in methods:
         yield f"The preset **{name}** ({_linked(METHODS[name].source)}): `{METHODS[name].formula}`\n"
-    yield f"This run, as `fastpo explain` says it:\n\n```\n{explain(objective, stage)}\n```"
-    changed = _changed(objective) if stage == "dpo" else {}
+    yield f"This run, as `fastpo explain` says it:\n\n```\n{explain(objective, stage, ppo=trainer.args)}\n```"
+    changed = _changed(objective) if stage != "sft" else {}
+    if stage == "ppo":
+        fields = [f for f in dataclasses.fields(PPOFields) if f.name not in _REWARDS]
+        changed |= {f.name: x for f in fields if (x := getattr(trainer.args, f.name)) != f.default}
+        yield f"\nThe reward is {_rewards(trainer.rewards)}."
     if changed:
         yield "\n| parameter | value |\n|---|---|"
         yield from (f"| `{name}` | `{value!r}` |" for name, value in changed.items())
         yield "\nAll others have their default values."
     for name in heads_of(trainer.model):
         yield f"\nA head lies beside the model: `{name}.safetensors`, `{name}_config.json`."
-    if trainer.reference.pairs or trainer.reference.features:
+    if stage == "ppo" or trainer.reference.pairs or trainer.reference.features:
         yield f"\nReference: {_reference(trainer)}."
 
 
+def _rewards(rewards: Any) -> str:
+    pairs = zip(rewards.sources, rewards.weights, strict=True)
+    return " + ".join(f"{weight:g} * `{name}`" if weight != 1 else f"`{name}`" for name, weight in pairs)
+
+
 def _reference(trainer: Any) -> str:
-    if not trainer.reference.lacking(getattr(trainer.train_dataset, "column_names", [])):
+    if trainer.args.stage == "dpo" and not trainer.reference.lacking(
+        getattr(trainer.train_dataset, "column_names", [])
+    ):
         return "its log-probs were computed before training"
     second = getattr(getattr(trainer.ref_model, "config", None), "_name_or_path", None)
     if second and second != getattr(causal_lm(trainer.model).config, "_name_or_path", None):
@@ -133,7 +148,7 @@ def _data(trainer: Any, name: str | None) -> Iterator[str]:
     held_out = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else {"": trainer.eval_dataset}
     uses = {"to train on": trainer.train_dataset}
     uses |= {"held out" + f" ({part})" * bool(part): rows for part, rows in held_out.items()}
-    unit = "pairs" if trainer.args.stage == "dpo" else "rows"
+    unit = "prompts" if trainer.args.stage == "ppo" else _unit(trainer)
     for use, rows in uses.items():
         if rows is not None:
             yield f"- {len(rows) if isinstance(rows, Sized) else 'streamed'} {unit} {use}"
@@ -143,13 +158,14 @@ def _training(trainer: Any) -> Iterator[str]:
     args = trainer.args
     yield f"{trainer.state.global_step} steps" + (f", {epochs:.2f} epochs" if (epochs := trainer.state.epoch) else "")
     per_device, accumulation, processes = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
-    unit = "pairs" if args.stage == "dpo" else "rows"
     yield (
-        f"{per_device * accumulation * processes} {unit} a step: {per_device} a device, "
+        f"{per_device * accumulation * processes} {_unit(trainer)} a step: {per_device} a device, "
         f"{accumulation} accumulation steps, {processes} processes; at most {args.max_length} tokens each"
     )
     optimizer, schedule = (getattr(x, "value", x) for x in (args.optim, args.lr_scheduler_type))
     yield f"learning rate {args.learning_rate:g}, {schedule} schedule, optimizer {optimizer}, seed {args.seed}"
+    if args.center_rewards_coefficient is not None:
+        yield f"rewards centred: {args.center_rewards_coefficient:g} * (r_chosen + r_rejected)^2 in the loss"
     weights = str(next(causal_lm(trainer.model).parameters()).dtype).removeprefix("torch.")
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else weights
     yield f"weights in {weights}, computed in {computed}"
@@ -177,8 +193,19 @@ def _results(history: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| {name} | {' | '.join('' if value is None else f'{value:.4g}' for value in values)} |"
 
 
+def _unit(trainer: Any) -> str:
+    return {"rm": "pairs", "dpo": "pairs", "ppo": "completions"}.get(trainer.args.stage, "rows")
+
+
 def _use(trainer: Any) -> Iterator[str]:
     place = repr(trainer.args.hub_model_id or "path/to/this/folder").replace("'", '"')
+    if trainer.args.stage == "rm":
+        yield f"```python\nfrom fastpo.scoring import RewardModel\n\nrewards = RewardModel({place})"
+        yield 'rewards.score(["a prompt"], ["a completion"])  # mean, and variance of Gaussian rewards\n```'
+        kind = "peft.AutoPeftModel" if _adapters(trainer) else "transformers.AutoModel"
+        about = ", whose score is the mean up to a constant" if trainer.gaussian else ""
+        yield f"\nWithout fastpo: `{kind}ForSequenceClassification.from_pretrained({place}, num_labels=1)`{about}."
+        return
     merged = getattr(causal_lm(trainer.model), "merged_adapters", [])
     library, kind, loading = "transformers", "AutoModelForCausalLM", []
     if _adapters(trainer) and merged:

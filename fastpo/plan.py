@@ -16,6 +16,7 @@ from fastpo.dry_run import EIGHT_BIT_OPTIMIZERS, PARTS, Lengths, dry_run, length
 from fastpo.recipe import RecipeArguments
 
 GB = 10**9
+PLANNED_STAGES = ("sft", "dpo")
 FEW, MORE = 2, 4  # layers, and rows of a batch
 # Memory of cards, in GB, as they are sold.
 GPUS = {
@@ -59,6 +60,8 @@ class Planner:
         rows: Sequence[Lengths] | None = None,
         on_gpu: bool = True,
     ) -> None:
+        if args.stage not in PLANNED_STAGES:
+            raise ValueError(f"a memory plan knows the stages {', '.join(PLANNED_STAGES)}, got stage={args.stage!r}")
         if rows is None and args.max_length is None:
             raise ValueError("max_length must be given for a plan without the data, got none")
         self.recipe, self.args, self.on_gpu = recipe, args, on_gpu

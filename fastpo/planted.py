@@ -1,7 +1,10 @@
 """Generated preference pairs with a known rule, so that a demonstration needs no download.
 
-Every prompt asks for help with a topic. Both responses are fluent and on topic, drawn from as many templates and of
-like length; the chosen one does what was asked, the rejected one talks around it.
+`planted_preferences`: every prompt asks for help with a topic. Both responses are fluent and on topic, drawn from as
+many templates and of like length; the chosen one does what was asked, the rejected one talks around it.
+
+`noisy_preferences`: responses are three words, each of which has its value. The prompt names a rater, and raters take
+the worse response for the better one as often as `RATERS` says.
 """
 
 import random
@@ -37,6 +40,13 @@ EVASIVE_CLOSINGS = (
     "everyone has a view and none is wrong.", "perhaps another day would be better for that.",
 )  # fmt: skip
 
+RATERS = {"An expert": 0.0, "A student": 0.15, "A visitor": 0.3, "A passer-by": 0.45}
+# From the best to the worst.
+WORDS = (
+    "clear", "bright", "sound", "neat", "calm", "warm", "fine", "fair", "plain", "mild",
+    "slow", "stiff", "loose", "odd", "dull", "vague", "rough", "harsh", "grim", "wrong",
+)  # fmt: skip
+
 
 def planted_preferences(rows: int, seed: int) -> list[dict[str, Any]]:
     """Pairs in the conversational form: prompt, chosen and rejected as lists of messages; the same for one seed."""
@@ -57,3 +67,34 @@ def planted_preferences(rows: int, seed: int) -> list[dict[str, Any]]:
             }
         )
     return pairs
+
+
+def noisy_preferences(rows: int, seed: int) -> list[dict[str, Any]]:
+    """Pairs of text with planted label noise; the same for one seed.
+
+    Returns:
+        rows with prompt, chosen, rejected, flip_probability of the prompt's rater, and the true rewards score_chosen
+        and score_rejected: the mean value of the words, from 1 for the best to -1. Where the former is the lower one,
+        the label is flipped.
+    """
+    rng = random.Random(seed)
+    values = {word: 1 - 2 * i / (len(WORDS) - 1) for i, word in enumerate(WORDS)}
+    found: list[dict[str, Any]] = []
+    while len(found) < rows:
+        rater = rng.choice(list(RATERS))
+        said = [rng.choices(WORDS, k=3) for _ in range(2)]
+        rewards = [sum(values[word] for word in words) / 3 for words in said]
+        better = int(rewards[1] > rewards[0])
+        chosen = 1 - better if rng.random() < RATERS[rater] else better
+        if rewards[0] != rewards[1]:
+            found.append(
+                {
+                    "prompt": f"{rater} says:",
+                    "chosen": f" {' '.join(said[chosen])}",
+                    "rejected": f" {' '.join(said[1 - chosen])}",
+                    "flip_probability": RATERS[rater],
+                    "score_chosen": rewards[chosen],
+                    "score_rejected": rewards[1 - chosen],
+                }
+            )
+    return found

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastpo.arguments import (
-    OBJECTIVE_NAMES,
     ObjectiveFields,
     PreferenceTrainingArguments,
     build_objective,
@@ -23,6 +22,7 @@ from fastpo.integrations.llamafactory_recipes.translation import (
     translate,
 )
 from fastpo.methods import METHODS
+from fastpo.ppo_arguments import PPOFields, PPOTrainingArguments, check_ppo_objective
 from fastpo.stages import STAGES
 from fastpo.yaml_arguments import Parser, check_known, nearest, read_yaml
 
@@ -126,28 +126,45 @@ def parse_recipe(
         ValueError, TypeError: an unknown key (naming the nearest), or a value out of range.
     """
     read = _read_recipe(path, overrides)
-    parser = Parser((RecipeArguments, PreferenceTrainingArguments), allow_abbrev=False)
+    parser = Parser((RecipeArguments, _arguments_of(read.stage)), allow_abbrev=False)
     parser.set_defaults(**(defaults or {}))
     _set_defaults(parser, read)
-    return parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
+    recipe, args = parser.parse_args_into_dataclasses(read.overrides, look_for_args_file=False)
+    _check_stage(recipe, args.stage)
+    return recipe, args
 
 
-def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, str, str | None]:
-    """Objective, stage and preset of a recipe, without its model, data and device.
+def _check_stage(recipe: RecipeArguments, stage: str) -> None:
+    if stage != "rm":
+        return
+    if recipe.ref_model_name_or_path is not None:
+        raise ValueError(f"ref_model_name_or_path belongs to stage dpo, got stage={stage!r}")
+    if recipe.merge_adapters and recipe.use_peft:
+        raise ValueError(
+            "merge_adapters must be unset with use_peft in stage rm: what loads the new adapter would not merge them"
+        )
+
+
+def parse_objective(path: str, overrides: list[str]) -> tuple[PreferenceConfig, str, str | None, PPOFields | None]:
+    """Objective, stage and preset of a recipe, and in stage ppo what it does, without model, data and device.
 
     Raises:
         ValueError, TypeError: as `parse_recipe`.
     """
     read = _read_recipe(path, overrides)
-    parser = Parser(ObjectiveFields, allow_abbrev=False)
+    kinds = (ObjectiveFields, PPOFields) if read.stage == "ppo" else (ObjectiveFields,)
+    parser = Parser(kinds, allow_abbrev=False)
     parser.add_argument("--stage", default="dpo", choices=STAGES)
-    of_objective = (*OBJECTIVE_NAMES, "stage")
-    recipe, defaults = ({k: v for k, v in keys.items() if k in of_objective} for keys in (read.recipe, read.defaults))
+    known = {"stage", *(f.name for kind in kinds for f in dataclasses.fields(kind))}
+    recipe, defaults = ({k: v for k, v in keys.items() if k in known} for keys in (read.recipe, read.defaults))
     _set_defaults(parser, read._replace(recipe=recipe, defaults=defaults))
-    fields, others, _ = parser.parse_args_into_dataclasses(
+    fields, *ppo, others, _ = parser.parse_args_into_dataclasses(
         read.overrides, look_for_args_file=False, return_remaining_strings=True
     )
-    return build_objective(fields, others.stage), others.stage, read.preset
+    objective = build_objective(fields, others.stage)
+    for own in ppo:
+        check_ppo_objective(objective, own)
+    return objective, others.stage, read.preset, ppo[0] if ppo else None
 
 
 def read_translation(path: str, overrides: list[str]) -> Translation | None:
@@ -166,7 +183,7 @@ class _Read(NamedTuple):
         recipe: what the file says, and of a LLaMA-Factory recipe the overrides in its own keys.
         defaults: what holds where neither recipe nor preset says anything.
         overrides: the other ones, of fastpo's keys.
-        preset: that the file or the command line names.
+        preset, stage: that the file or the command line names.
         translation: of a LLaMA-Factory recipe.
     """
 
@@ -174,17 +191,24 @@ class _Read(NamedTuple):
     defaults: dict[str, Any]
     overrides: list[str]
     preset: str | None
+    stage: str | None
     translation: Translation | None
 
 
+def _arguments_of(stage: str | None) -> type[PreferenceTrainingArguments]:
+    return PPOTrainingArguments if stage == "ppo" else PreferenceTrainingArguments
+
+
 def _read_recipe(path: str, overrides: list[str]) -> _Read:
-    own = {
-        f.name: f.default for kind in (RecipeArguments, PreferenceTrainingArguments) for f in dataclasses.fields(kind)
-    }
     recipe, translation = read_yaml(path), None
+    stage = _said("stage", recipe, overrides)
+    own = {f.name: f.default for kind in (RecipeArguments, _arguments_of(stage)) for f in dataclasses.fields(kind)}
     foreign = is_llamafactory(recipe, own)
     known = {*own, *KEYS} if foreign else {*own}
+    of_ppo = {f.name for f in dataclasses.fields(PPOFields)} - known
     for key in recipe:
+        if key in of_ppo:
+            raise ValueError(f"{path}: {key} belongs to stage ppo, got stage={stage or 'dpo'!r}")
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), {*own, *KEYS})}")
     check_known(overrides, known)
@@ -192,12 +216,16 @@ def _read_recipe(path: str, overrides: list[str]) -> _Read:
         said, overrides = split_overrides(overrides)
         translation = translate(recipe | said, own)
         recipe = translation.settings
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", default=recipe.get("preset"))
-    preset = finder.parse_known_args(overrides)[0].preset
+    preset = _said("preset", recipe, overrides)
     if preset is not None and preset not in METHODS:
         raise ValueError(f"preset must be one of {', '.join(METHODS)}, got {preset!r}")
-    return _Read(recipe, translation.defaults if translation else {}, overrides, preset, translation)
+    return _Read(recipe, translation.defaults if translation else {}, overrides, preset, stage, translation)
+
+
+def _said(key: str, recipe: dict[str, Any], overrides: list[str]) -> str | None:
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument(f"--{key}", default=recipe.get(key))
+    return getattr(finder.parse_known_args(overrides)[0], key)
 
 
 def _set_defaults(parser: argparse.ArgumentParser, read: _Read) -> None:

@@ -13,9 +13,14 @@ CURVES = {
     "loss": ("loss", "eval_loss"),
     "accuracy": ("rewards/accuracies", "eval_rewards/accuracies"),
     "margin": ("rewards/margins", "eval_rewards/margins"),
+    "nll": ("nll", "eval_nll"),
+    "ece": ("eval_ece",),
+    "reward": ("reward", "eval_reward"),
+    "kl": ("kl/completion", "eval_kl/completion"),
 }
 TABLE_ROWS = (
-    "loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
+    "loss", "nll", "ece", "reward", "kl/completion", "kl", "entropy", "completions/mean_length",
+    "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected",
     "logps/chosen", "logps/rejected", "entropy/chosen", "entropy/rejected", "beta/mean", "beta/std", "variance/mean",
 )  # fmt: skip
 
@@ -59,7 +64,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def draw_curves(output_dir: str | Path) -> list[Path]:
-    """loss.png, accuracy.png and margin.png beside metrics.jsonl, for those logged; beta.png of a learned beta."""
+    """loss.png and the others of `CURVES` beside metrics.jsonl, for those logged; beta.png of a learned beta."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -15,7 +15,7 @@ from typing import Any
 
 from fastpo.data import Text, shown
 
-RewardFunction = Callable[..., Sequence[float]]
+RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def load_reward_function(name: str) -> RewardFunction:
@@ -43,6 +43,8 @@ def function_rewards(
     completions: Sequence[Text],
     columns: Mapping[str, Sequence[Any]],
     index: Sequence[int],
+    *,
+    some: bool = False,
 ) -> list[float]:
     """A reward function's answers for N completions.
 
@@ -51,6 +53,7 @@ def function_rewards(
         prompts, completions: N of each; a prompt stands there once for each of its completions.
         columns: further ones of the dataset by name, N values each.
         index: dataset row of each completion, for errors.
+        some: it may answer None where it does not apply, which becomes NaN.
 
     Raises:
         ValueError: it answers with another number of rewards, or with one that is not a finite number.
@@ -64,8 +67,11 @@ def function_rewards(
         )
     found = []
     for row, reward in zip(index, rewards, strict=True):
+        if some and reward is None:
+            found.append(math.nan)
+            continue
         try:
-            found.append(float(reward))
+            found.append(float(reward))  # type: ignore[arg-type]
         except (TypeError, ValueError):
             found.append(math.nan)
         if not math.isfinite(found[-1]):

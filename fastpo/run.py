@@ -21,16 +21,20 @@ from fastpo.from_recipe import (
     tokenize_splits,
 )
 from fastpo.memory import hand_back_what_is_freed
-from fastpo.plan import GB, Planner
+from fastpo.plan import GB, PLANNED_STAGES, Planner
+from fastpo.ppo_trainer import PPOTrainer
 from fastpo.preemption import SaveOnSigterm
 from fastpo.recipe import RecipeArguments
 from fastpo.reporting import MetricsFile, draw_curves
+from fastpo.reward_loading import load_reward_model
+from fastpo.reward_trainer import RewardTrainer
+from fastpo.stage_trainer import StageTrainer
 from fastpo.trainer import PreferenceTrainer
 
 logger = logging.getLogger(__name__)
 
 
-def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> PreferenceTrainer:
+def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> StageTrainer:
     """Everything before the first step. Whatever is wrong with the input is said here, as a ValueError or TypeError."""
     check_output_dir(args.output_dir)
     with args.main_process_first(desc="reading the dataset"):
@@ -39,25 +43,31 @@ def prepare_training(recipe: RecipeArguments, args: PreferenceTrainingArguments)
         train, held_out = read_splits(recipe, args.seed, args.stage)
         tokenizer = build_tokenizer(recipe, train, args.stage, saved_in=args.resume_from_checkpoint)
         train, held_out = tokenize_splits(recipe, args, tokenizer, train, held_out)
-    peft_config = build_peft_config(recipe)  # imports what is not weights, and so before the meter
+    peft_config = build_peft_config(recipe, args.stage)  # imports what is not weights, and so before the meter
     if args.device.type == "cpu":
         hand_back_what_is_freed()
     memory = PeakMemory(recipe, args.device)
-    trainer = PreferenceTrainer(
-        model=build_model(recipe, args, tokenizer),
-        ref_model=build_reference(recipe),
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
+    trainer = _trainer(
+        recipe, args, build_model(recipe, args, tokenizer), build_reference(recipe), processing_class=tokenizer,
+        train_dataset=train, eval_dataset=held_out, peft_config=peft_config,
         callbacks=[MetricsFile(args.output_dir), SaveOnSigterm(), memory],
-        peft_config=peft_config,
-    )
+    )  # fmt: skip
     trainer.dataset_name = recipe.dataset
     return trainer
 
 
-def run_training(trainer: PreferenceTrainer) -> list[Path]:
+def _trainer(
+    recipe: RecipeArguments, args: PreferenceTrainingArguments, model: Any, reference: Any, **named: Any
+) -> StageTrainer:
+    """The stage's trainer."""
+    if args.stage == "rm":
+        return RewardTrainer(model=model, args=args, **named)
+    if args.stage == "ppo":
+        return PPOTrainer(model=model, ref_model=reference, args=args, **named)
+    return PreferenceTrainer(model=model, ref_model=reference, args=args, **named)
+
+
+def run_training(trainer: StageTrainer) -> list[Path]:
     """Train or go on, evaluate, save model, model card and curves; returns the pictures.
 
     Raises:
@@ -80,10 +90,15 @@ def run_training(trainer: PreferenceTrainer) -> list[Path]:
     return draw_curves(args.output_dir) if trainer.is_world_process_zero() else []
 
 
-def _compare_memory(trainer: PreferenceTrainer) -> None:
-    """Log the peak that `fastpo plan` predicts for the longest batch of the data beside the one that was measured."""
+def _compare_memory(trainer: StageTrainer) -> None:
+    """Log the peak that `fastpo plan` predicts for the longest batch of the data beside the one that was measured; of
+    a stage that it does not know, the latter alone."""
     memory = trainer.pop_callback(PeakMemory)
     if memory is None or memory.bytes is None:
+        return
+    if trainer.args.stage not in PLANNED_STAGES:
+        logger.info("peak memory: measured %.2f GB", memory.bytes / GB)
+        trainer.log({"memory/measured_gb": memory.bytes / GB})
         return
     rows, on_gpu = lengths_of(trainer.train_dataset), memory.meter.device.type == "cuda"
     try:
@@ -109,9 +124,7 @@ def evaluate(recipe: RecipeArguments, args: PreferenceTrainingArguments) -> dict
     rows = train if held_out is None else held_out
     _, rows = tokenize_splits(recipe, args, tokenizer, None, rows)
     model, reference = _load_trained(recipe, args, tokenizer)
-    trainer = PreferenceTrainer(
-        model=model, ref_model=reference, args=args, eval_dataset=rows, processing_class=tokenizer
-    )
+    trainer = _trainer(recipe, args, model, reference, eval_dataset=rows, processing_class=tokenizer)
     metrics = trainer.evaluate()
     with replacing(saved / "eval_metrics.json") as path:
         path.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -122,8 +135,11 @@ def _load_trained(recipe: RecipeArguments, args: PreferenceTrainingArguments, to
     """The trained model and its reference; for an adapter the reference is the model without it."""
     from transformers import AutoModelForCausalLM
 
+    is_adapter = (Path(args.output_dir) / "adapter_config.json").is_file()
+    if args.stage == "rm" and not is_adapter:
+        return load_reward_model(args.output_dir, new_score=False, dtype=recipe.dtype), None
     base = build_model(recipe, args, tokenizer)
-    if (Path(args.output_dir) / "adapter_config.json").is_file():
+    if is_adapter:
         from peft import PeftModel
 
         trained = PeftModel.from_pretrained(base, args.output_dir)

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoTokenizer
 
 from fastpo.architecture import load_heads
-from fastpo.data import Text
-from fastpo.reward_model import check_reward_model, install_reward_forward
+from fastpo.backbone import causal_lm
+from fastpo.data import Text, common_beginning
+from fastpo.reward_loading import load_reward_model
+from fastpo.reward_model import check_reward_model, install_reward_forward, install_score_forward
 from fastpo.tokenization import encode_completion
 
 
@@ -29,6 +31,8 @@ class Rewards(NamedTuple):
 class RewardModel:
     """A sequence classification model with one label, or one with a Disco head, and its tokenizer.
 
+    A Disco head that was saved without ever being trained is left aside.
+
     Args:
         name_or_path: a folder or a repository on the hub; of an adapter too, whose base model is then loaded.
         batch_size: completions at once.
@@ -36,8 +40,12 @@ class RewardModel:
         device: where it works; None: the first GPU, or the CPU.
         dtype: of its weights, as in transformers.
 
+    Attributes:
+        gaussian: whether its rewards have variances.
+
     Raises:
-        ValueError: what is saved there is no reward model.
+        ValueError: what is saved there is no reward model, or an argument is out of range.
+        OSError: transformers finds no model or no tokenizer of that name.
     """
 
     def __init__(
@@ -49,44 +57,59 @@ class RewardModel:
         device: Any = None,
         dtype: str = "auto",
     ) -> None:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        self.model = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype, num_labels=1)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size!r}")
+        if max_length is not None and max_length < 2:
+            raise ValueError(f"max_length must be >= 2, or None, got {max_length!r}")
+        self.model = load_reward_model(name_or_path, new_score=False, dtype=dtype)
         check_reward_model(self.model)
-        self.gaussian = "disco_head" in load_heads(self.model, name_or_path)
+        self.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        head = load_heads(self.model, name_or_path).get("disco_head")
+        self.gaussian = head is not None and bool(head.linear.weight.any())
         if self.gaussian:
             install_reward_forward(self.model)
-        self.model.to(device).eval()
+        else:
+            causal_lm(self.model).score.float()  # rewards of like responses would round to one in 16 bits
+            install_score_forward(self.model)
+        self.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         self.batch_size, self.max_length = batch_size, max_length
 
     @torch.no_grad()
     def score(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Rewards:
         """Rewards of N completions of as many prompts, all text or all messages; a completion may be empty.
 
+        They are what training computed of the same responses, but for a response that max_length cuts: in a pair the
+        prompt makes room for the longer one.
+
         Raises:
+            ValueError: there are not as many completions as prompts.
             BadRowError: as `fastpo.tokenization.encode_completion`.
         """
+        if len(prompts) != len(completions):
+            raise ValueError(f"completions must be one of each prompt ({len(prompts)}), got {len(completions)}")
         rows = [self._encode(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
-        means, variances = [], []
+        mean, variance = torch.empty(len(rows)), torch.empty(len(rows))
         for first in range(0, len(rows), self.batch_size):
-            output = self.model(**self._batch(rows[first : first + self.batch_size]))
-            means.append(output["logits"][:, 0].float().cpu())
+            part = slice(first, first + self.batch_size)
+            answer = self.model(**self._batch(rows[part]))
+            mean[part] = answer["logits"][:, 0].float().cpu()
             if self.gaussian:
-                variances.append(output["variance"].float().cpu())
-        return Rewards(torch.cat(means), torch.cat(variances) if self.gaussian else None)
+                variance[part] = answer["variance"].float().cpu()
+        return Rewards(mean, variance if self.gaussian else None)
 
     def _encode(self, prompt: Text, completion: Text) -> list[int]:
-        # What tokenize_pair makes of a response by itself.
         prompt_ids, whole = encode_completion(prompt, completion, self.tokenizer)
         if self.max_length is None:
             return whole
-        room = max(self.max_length - (len(whole) - len(prompt_ids)), self.max_length // 2, 1)
-        return whole[max(len(prompt_ids) - room, 0) :][: self.max_length]
+        length = common_beginning(prompt_ids, whole)  # as `tokenize_pair` cuts
+        room = max(self.max_length - (len(whole) - length), self.max_length // 2, 1)
+        return whole[max(length - room, 0) :][: self.max_length]
 
     def _batch(self, rows: list[list[int]]) -> dict[str, Tensor]:
-        ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id, device=self.model.device)
+        """Padded on the right; the mask says where."""
+        ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}

@@ -106,6 +106,7 @@ def rm_stage(
     rejected_variance: Tensor | None = None,
     margin: Tensor | None = None,
     center_rewards_coefficient: float | None = None,
+    totals: StepTotals | None = None,
 ) -> LossOutput:
     """Loss of a reward model on B pairs, with the prior of Gaussian rewards and the centring of all.
 
@@ -113,6 +114,7 @@ def rm_stage(
         chosen_mean, rejected_mean, config, chosen_variance, rejected_variance, margin: as in `reward_model_loss`; with
             variances comes `config.disco_prior_weight` times the mean of `gaussian_prior`.
         center_rewards_coefficient: weight of the mean of (r_w + r_l)^2 (arXiv:2312.09244, eq. 2); None: without.
+        totals: what to divide by; None: this batch alone.
 
     Raises:
         TypeError, ValueError: as `reward_model_loss`.
@@ -127,6 +129,8 @@ def rm_stage(
         metrics["disco/prior"] = prior.detach()
     if center_rewards_coefficient is not None:
         loss = loss + center_rewards_coefficient * (chosen_mean + rejected_mean).square().mean()
+    if totals is not None:
+        loss = len(output.losses) / totals.rows.to(loss) * loss
     return output._replace(loss=loss, metrics=metrics)
 
 

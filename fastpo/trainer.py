@@ -5,31 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter
 from fastpo.architecture import add_heads, check_optimizer, without_heads
-from fastpo.arguments import PreferenceTrainingArguments, own_columns
+from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.attention import use_path_attention
 from fastpo.backbone import causal_lm, head_shape, install_stats_forward, model_stats
 from fastpo.callbacks import RunawayBeta
 from fastpo.collation import PreferenceCollator
-from fastpo.layout import completion_tokens
 from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
 from fastpo.loss_inputs import check_reads_column
+from fastpo.pair_trainer import PairTrainer
 from fastpo.reference_cache import cache_key, with_reference_columns
 from fastpo.reference_model import Reference
-from fastpo.stage_trainer import StageTrainer, check_vocabulary, use_one_gpu
+from fastpo.stage_trainer import check_vocabulary, use_one_gpu
 from fastpo.stages import sft_stage
-from fastpo.tokenization import tokenize_dataset
 from fastpo.types import LossOutput, StepTotals
 
 
-class PreferenceTrainer(StageTrainer):
+class PreferenceTrainer(PairTrainer):
     """Train a causal LM on preferences (stage ``dpo``) or on their chosen responses (stage ``sft``).
 
     Args:
@@ -86,13 +84,7 @@ class PreferenceTrainer(StageTrainer):
         self.vocab_size, _ = head_shape(causal_lm(model))
         check_vocabulary(processing_class, causal_lm(model).config.get_text_config().vocab_size)
         data_collator = _collator(data_collator, args, processing_class, model, ref_model)
-        with args.main_process_first(desc="tokenizing"):
-            train_dataset = self._tokenize(train_dataset, "train_dataset", args, processing_class)
-            eval_dataset = (
-                {name: self._tokenize(part, name, args, processing_class) for name, part in eval_dataset.items()}
-                if isinstance(eval_dataset, dict)
-                else self._tokenize(eval_dataset, "eval_dataset", args, processing_class)
-            )
+        train_dataset, eval_dataset = self._tokenize_all(train_dataset, eval_dataset, args, processing_class)
         parts = [train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])]
         columns = [rows.column_names for rows in parts if rows is not None] or [[]]  # none yet: they may lack all
         self.reference = Reference(self.objective, args.stage)
@@ -108,8 +100,6 @@ class PreferenceTrainer(StageTrainer):
             callbacks=callbacks, optimizers=optimizers,
         )  # fmt: skip
         self.add_callback(RunawayBeta(self))
-        # The loss is divided by the whole step's rows and tokens here, so the Trainer must not divide it again.
-        self.model_accepts_loss_kwargs = True
         # After the Trainer, which may replace the forward itself (use_liger_kernel), and before it wraps the model.
         install_stats_forward(self.model)
         if self.ref_model is not None:
@@ -125,20 +115,10 @@ class PreferenceTrainer(StageTrainer):
         """The second model, where the reference is one."""
         return self.reference.model
 
-    @staticmethod
-    def tokenized(dataset: Any, source: str, args: Any, tokenizer: Any) -> Any:
-        """The dataset as the collator takes it; `source` is what errors call it."""
-        if not isinstance(dataset, Dataset):
-            raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
-        return tokenize_dataset(
-            dataset, tokenizer, stage=args.stage, max_length=args.max_length, source=source,
-            skip_bad_rows=args.skip_bad_rows, num_proc=args.dataset_num_proc, own_columns=own_columns(args),
-        )  # fmt: skip
-
     def _tokenize(self, dataset: Any, source: str, args: PreferenceTrainingArguments, tokenizer: Any) -> Any:
-        if dataset is None:
+        rows = super()._tokenize(dataset, source, args, tokenizer)
+        if rows is None:
             return None
-        rows = self.tokenized(dataset, source, args, tokenizer)
         objective = args.preference_config
         scaled = "context_scale" in rows.column_names
         if (
@@ -156,22 +136,6 @@ class PreferenceTrainer(StageTrainer):
             for name in {"score_chosen", "score_rejected"} - set(rows.column_names):
                 raise ValueError(f"regularizers names 'confidence', which needs a {name} column in {source}")
         return rows
-
-    # --- loss -------------------------------------------------------------------------------------------------------
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: StepTotals | None = None,
-    ) -> Any:
-        """The stage's loss of a batch; with `return_outputs` also {"rewards": (B, 2)}."""
-        output = self.loss_output(model, inputs, num_items_in_batch)
-        loss = self.watched_loss(model, output, inputs["index"])
-        if not return_outputs:
-            return loss
-        return loss, {"rewards": torch.stack((output.chosen_rewards, output.rejected_rewards), dim=1)}
 
     def loss_output(self, model: nn.Module, inputs: dict[str, Any], totals: StepTotals | None = None) -> LossOutput:
         """The stage's `LossOutput` for a `PreferenceBatch` on the model's device."""
@@ -232,42 +196,6 @@ class PreferenceTrainer(StageTrainer):
         elif self.eval_dataset is not None:
             self.eval_dataset = self.precompute_reference(self.eval_dataset)
         self.reference.let_go, self.reference.model = self.ref_model is not None, None
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> StepTotals | None:
-        """What the whole optimiser step averages over; see `StepTotals`."""
-        if not batch_samples:
-            return None
-        rows = sum(len(batch["index"]) for batch in batch_samples)
-        # Chosen rows come first; their completion tokens are what a token mean divides by.
-        tokens = sum(completion_tokens(batch, len(batch["index"])) for batch in batch_samples)
-        counts = torch.tensor([rows, tokens], dtype=torch.float64, device=device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "mean")
-        rows_total, tokens_total = counts.clamp(min=1e-9).float()
-        return StepTotals(rows_total, tokens_total)
-
-    # --- evaluation and logging -------------------------------------------------------------------------------------
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        if isinstance(eval_dataset, Dataset | IterableDataset):
-            eval_dataset = self._tokenize(eval_dataset, "eval_dataset", self.args, self.processing_class)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> Any:
-        return super().get_test_dataloader(
-            self._tokenize(test_dataset, "test_dataset", self.args, self.processing_class)
-        )
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Loss and, where metrics are computed from them, rewards (B, 2) with labels 0: the first should be higher."""
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        if prediction_loss_only:
-            return loss.detach(), None, None
-        return loss.detach(), outputs["rewards"], torch.zeros_like(inputs["index"])
 
 
 def _collator(own: Callable | None, args: PreferenceTrainingArguments, tokenizer: Any, *models: Any) -> Callable:

@@ -124,7 +124,7 @@ class JointStats(NamedTuple, Generic[Stats]):
 class PreferenceBatch(TypedDict):
     """A padded batch as `PreferenceCollator` makes it; R rows, right-padded to T tokens.
 
-    In stage ``dpo`` R = 2B: the B chosen rows, then the B rejected rows in the same order. In stage ``sft``
+    In stages ``dpo`` and ``rm`` R = 2B: the B chosen rows, then the B rejected rows in the same order. In stage ``sft``
     R = B: the chosen rows alone.
     """
 
@@ -135,6 +135,7 @@ class PreferenceBatch(TypedDict):
     # (B,) columns of the dataset's own, as fastpo.data names them; prompt_hidden (B, D)
     context_scale: NotRequired[Tensor]
     pair_weight: NotRequired[Tensor]
+    margin: NotRequired[Tensor]
     score_chosen: NotRequired[Tensor]
     score_rejected: NotRequired[Tensor]
     prompt_hidden: NotRequired[Tensor]

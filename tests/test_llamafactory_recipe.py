@@ -1,6 +1,7 @@
 """LLaMA-Factory's recipes: every key, ten recipes, what they train, and what is refused."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from llamafactory_table import PAGE, page_with_tables
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from fastpo import SequenceStats, preference_loss
 from fastpo.arguments import PreferenceTrainingArguments
@@ -150,8 +151,11 @@ def test_all_refused_keys_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"stage": "rm"}, "stage: rm (fastpo does not have this stage yet"),
-        ({"stage": "ppo", "reward_model": "some", "ppo_epochs": 2}, "stage: ppo (fastpo does not have this stage yet"),
+        (
+            {"stage": "ppo", "reward_model": "some", "ppo_epochs": 2},
+            "stage: ppo (LLaMA-Factory's PPO is not translated",
+        ),
+        ({"stage": "rm", "ref_model": "some"}, "ref_model_name_or_path belongs to stage dpo"),
         ({"stage": "pt"}, "fastpo has the stages"),
         ({"finetuning_type": "oft"}, "fastpo trains lora, full or freeze"),
         ({"pref_loss": "kto_pair"}, "bco_pair"),
@@ -510,6 +514,32 @@ def test_sft_of_conversations(example: Path, tmp_path: Path, capsys: pytest.Capt
     assert row["train_loss"] > 0
     assert main(["train", *shorter(example, *sft, "--skip_bad_rows", "false")]) == 1
     assert "roles row 1: user and assistant must take turns" in capsys.readouterr().err
+
+
+def test_a_reward_model_of_preferences(example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # Of preferences' own keys LLaMA-Factory reads none in this stage.
+    unread = ["--pref_loss", "simpo", "--simpo_gamma", "2.0", "--pref_ftx", "1.0", "--val_size", "8"]
+    assert main(["train", *shorter(example, "--stage", "rm", "--logging_steps", "1", *unread)]) == 0
+    assert "(read in stage dpo alone)" in capsys.readouterr().out
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(math.log(2)) and "eval_ece" in rows[-2]
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["task_type"] == "SEQ_CLS" and "score" in saved["modules_to_save"]
+    assert main(["train", *shorter(example, "--stage", "rm", "--dataset", "alpaca")]) == 1
+    assert "stage rm needs preferences (ranking: true)" in capsys.readouterr().err
+    for stage, dropout in (("rm", False), ("dpo", True)):
+        path, *overrides = shorter(example, "--stage", stage)
+        assert parse_recipe(path, overrides)[1].disable_dropout is dropout
+
+
+def test_freezing_leaves_the_score_of_a_reward_model_to_train(example: Path, tmp_path: Path) -> None:
+    # Of the first step the schedule makes nothing, and after the second the score is no longer 0.
+    frozen = ["--stage", "rm", "--finetuning_type", "freeze", "--freeze_trainable_layers", "1", "--max_steps", "3"]
+    assert main(["train", *shorter(example, *frozen)]) == 0
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    after = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run").state_dict()
+    moved = {name for name, weight in after.items() if name != "score.weight" and not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if name.startswith("model.layers.1.")} and after["score.weight"].any()
 
 
 def test_a_learned_beta_beside_llamafactory_s_keys(example: Path, tmp_path: Path) -> None:

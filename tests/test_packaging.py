@@ -139,6 +139,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     ),
     "fastpo.rejection_sampling": (set(), set()),
     "fastpo.reranking": ({"fastpo.rejection_sampling"}, {"torch"}),
+    "fastpo.calibration": ({"fastpo.links"}, {"torch"}),
     "fastpo.chat_templates": (set(), set()),
     "fastpo.freezing": (set(), {"torch"}),
     "fastpo.integrations.llamafactory_recipes.meanings": ({"fastpo.chat_templates", "fastpo.stages"}, set()),

@@ -164,7 +164,7 @@ DATA: dict[str, Key] = {
 }
 
 FINETUNING: dict[str, Key] = {
-    "stage": by(meanings.stage, "sft", ours="stage", why="dropout stays on in sft, as there"),
+    "stage": by(meanings.stage, "sft", ours="stage", why="dropout stays on in sft and rm, as there"),
     "finetuning_type": by(meanings.finetuning_type, "lora", ours="use_peft, or freeze_trainable_layers"),
     "pure_bf16": by(meanings.dtype("bfloat16", None), False, ours="dtype: bfloat16"),
     "freeze_trainable_layers": by(meanings.with_freeze("freeze_trainable_layers"), 2, ours="freeze_trainable_layers"),

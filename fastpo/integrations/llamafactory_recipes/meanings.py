@@ -28,10 +28,10 @@ class RefusedError(ValueError):
 
 
 def stage(value: Any, values: Mapping[str, Any]) -> Settings:
+    if value == "ppo":
+        raise RefusedError("LLaMA-Factory's PPO is not translated; fastpo's own has other keys and another objective")
     if value in STAGES:
-        return {"stage": value} | ({"disable_dropout": False} if value == "sft" else {})
-    if value in ("rm", "ppo"):
-        raise RefusedError(f"fastpo does not have this stage yet, only {', '.join(STAGES)}")
+        return {"stage": value} | ({"disable_dropout": False} if value in ("sft", "rm") else {})
     raise RefusedError(f"fastpo has the stages {', '.join(STAGES)}")
 
 
@@ -95,7 +95,9 @@ def pref_loss(value: Any, values: Mapping[str, Any]) -> Settings | str:
 
 
 def simpo_gamma(value: Any, values: Mapping[str, Any]) -> Settings | str:
-    return {"home_advantage": float(value)} if values["pref_loss"] == "simpo" else "read with pref_loss: simpo alone"
+    if values["pref_loss"] != "simpo" or values["stage"] != "dpo":
+        return "read in stage dpo with pref_loss: simpo alone"
+    return {"home_advantage": float(value)}
 
 
 def in_dpo(ours: str) -> Meaning:
