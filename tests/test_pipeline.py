@@ -19,6 +19,7 @@ SCRIPT = ROOT / "examples" / "pipeline" / "run.sh"
 SMALL = {
     "train": ["--num_train_epochs", "1", "--save_strategy", "no"],
     "sample": ["--num_generations", "3", "--max_completion_length", "6"],
+    "rso": ["--keep_unfinished", "true"],
 }
 SMALL_PPO = ["--max_steps", "2", "--per_device_train_batch_size", "8", "--max_completion_length", "6"]
 
