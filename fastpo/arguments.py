@@ -41,8 +41,8 @@ ObjectiveFields = objective_fields("ObjectiveFields", OBJECTIVE_NAMES)
 
 @dataclass
 class PreferenceTrainingArguments(ObjectiveFields, TrainingArguments):  # type: ignore[misc, valid-type]
-    """Arguments of `PreferenceTrainer`: everything of `transformers.TrainingArguments`, the fields of
-    `PreferenceConfig`, flat and under the same names, and those below.
+    """Arguments of `PreferenceTrainer` and `RewardTrainer`: everything of `transformers.TrainingArguments`, the fields
+    of `PreferenceConfig`, flat and under the same names, and those below.
 
     Raises:
         TypeError, ValueError: as `PreferenceConfig`, or an unknown stage.

@@ -78,12 +78,13 @@ def noisy_preferences(rows: int, seed: int) -> list[dict[str, Any]]:
         the label is flipped.
     """
     rng = random.Random(seed)
-    values = {word: 1 - 2 * i / (len(WORDS) - 1) for i, word in enumerate(WORDS)}
+    worst = len(WORDS) - 1
+    ranks = {word: worst - 2 * i for i, word in enumerate(WORDS)}  # whole numbers, so that ties are seen
     found: list[dict[str, Any]] = []
     while len(found) < rows:
         rater = rng.choice(list(RATERS))
         said = [rng.choices(WORDS, k=3) for _ in range(2)]
-        rewards = [sum(values[word] for word in words) / 3 for words in said]
+        rewards = [sum(ranks[word] for word in words) / (3 * worst) for words in said]
         better = int(rewards[1] > rewards[0])
         chosen = 1 - better if rng.random() < RATERS[rater] else better
         if rewards[0] != rewards[1]:

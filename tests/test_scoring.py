@@ -13,10 +13,11 @@ from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from fastpo.data import BadRowError
+from fastpo.data import BadRowError, Pair
 from fastpo.planted import planted_preferences
 from fastpo.reward_loading import load_reward_model
 from fastpo.scoring import RewardModel
+from fastpo.tokenization import tokenize_pair
 
 __all__ = ["causal"]  # a fixture
 ROWS = planted_preferences(8, seed=1)  # those of `tiny_pairs`
@@ -78,12 +79,9 @@ def test_of_a_prompt_too_long_the_end_is_read(tmp_path: Path, causal: str) -> No
     torch.testing.assert_close(cut.score([words], [completion]).mean, whole.score([kept], [completion]).mean)
     assert not torch.allclose(cut.score([words], [completion]).mean, whole.score([words], [completion]).mean)
     # As in training, of a pair whose responses are equally long.
-    row = {"prompt": words, "chosen": completion, "rejected": completion}
-    from fastpo.data import from_prompt_pair
-    from fastpo.tokenization import tokenize_pair
-
-    tokens = tokenize_pair(from_prompt_pair(row), tiny_tokenizer(), 24)
-    assert cut._encode(words, completion) == tokens["prompt_ids"] + tokens["chosen_ids"]
+    for said in (completion, " A drink" * 20):
+        tokens = tokenize_pair(Pair(words, said, said), tiny_tokenizer(), 24)
+        assert cut._encode(words, said) == tokens["prompt_ids"] + tokens["chosen_ids"]
 
 
 def test_without_a_pad_token(tmp_path: Path) -> None:

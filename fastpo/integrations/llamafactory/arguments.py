@@ -9,7 +9,6 @@ from llamafactory.hparams import FinetuningArguments
 from fastpo.arguments import OBJECTIVE_NAMES, ObjectiveFields, build_objective
 from fastpo.config import PreferenceConfig, option
 from fastpo.integrations.llamafactory_recipes.meanings import LOSSES
-from fastpo.loss_inputs import check_reward_config
 
 # fastpo's name -> LLaMA-Factory's for the same number
 TWINS = {"beta": "pref_beta", "label_smoothing": "dpo_label_smoothing", "sft_weight": "pref_ftx"}
@@ -47,9 +46,7 @@ class PreferenceFinetuningArguments(ObjectiveFields, FinetuningArguments):
         for name, value in _objective_fields(self).items():
             setattr(self, name, value)
         self.preference_config = objective = build_objective(self, self.stage)
-        if self.stage == "rm":
-            check_reward_config(objective)
-        else:
+        if self.stage != "rm":
             self.use_ref_model = objective.needs_reference or objective.beta_mode == "dynamic_scaling"
         _check_supported(self, objective)
 
