@@ -25,9 +25,8 @@ fastpo train $dpo --dataset "$out/data/preferences.jsonl" --output_dir "$out/dpo
 fastpo sample --model_name_or_path "$out/sft" --dataset "$out/data/prompts.jsonl" --output_file "$out/candidates.jsonl" \
     --num_generations 16 --max_completion_length 48 --batch_size 16
 fastpo score --reward_model "$out/rm" --dataset "$out/candidates.jsonl" --output_file "$out/scored.jsonl"
-fastpo rso --dataset "$out/scored.jsonl" --output_file "$out/rso_pairs.jsonl" --beta 0.5 --num_samples 8 \
-    --ranking tournament
-fastpo train $dpo --dataset "$out/rso_pairs.jsonl" --output_dir "$out/rso_dpo"
+fastpo rso --dataset "$out/scored.jsonl" --output_file "$out/rso_pairs.jsonl" --beta 0.5
+fastpo train $dpo --dataset "$out/rso_pairs.jsonl" --output_dir "$out/rso_dpo" --num_train_epochs 3
 
 # 4. On-policy, against the scalar rewards and against the Gaussian ones, which are sure of some and not of others.
 ppo="$here/ppo.yaml --model_name_or_path $out/sft --dataset $out/data/prompts.jsonl"
