@@ -73,9 +73,9 @@ def test_sigma_orders_the_raters_and_accuracy_is_that_of_a_score(tmp_path: Path,
     scalar = learn(tmp_path / "scalar", seed)
     disco = learn(tmp_path / "disco", seed, **DISCO)
     assert scalar.sigma is None and disco.sigma is not None
-    # Of four levels many responses share a rank: 0.97 is the most there is. Measured: 0.93 to 0.96.
+    # Of four levels many responses share a rank: 0.97 is the most there is. Measured: 0.91 to 0.97.
     assert spearman(disco.sigma.flatten(), disco.noise[:, None].expand(-1, 2).flatten()) > 0.8
     levels = [disco.sigma[disco.noise == noise].mean().item() for noise in RATERS.values()]
     assert levels == sorted(levels) and levels[0] < 0.7 * levels[-1]
-    # Measured: 0.94 to 0.97, where the scores have 0.89 to 0.95; the noise of 300 pairs is about 0.015.
+    # Measured: 0.96 to 0.98, where the scores have 0.93 to 0.96; the noise of 300 pairs is about 0.015.
     assert disco.accuracy > 0.9 and disco.accuracy > scalar.accuracy - 0.03
