@@ -15,7 +15,8 @@ python "$here/make_data.py" "$out/data" "${2:-1}"
 fastpo train "$here/sft.yaml" --dataset "$out/data/responses.jsonl" --output_dir "$out/sft"
 rm="$here/rm.yaml --model_name_or_path $out/sft --dataset $out/data/preferences.jsonl --eval_dataset $out/data/held_out.jsonl"
 fastpo train $rm --output_dir "$out/rm"
-fastpo train $rm --output_dir "$out/rm_disco" --add_disco_head true --pref_loss_type disco
+fastpo train $rm --output_dir "$out/rm_disco" --add_disco_head true --pref_loss_type disco \
+    --disco_prior_weight 0.1
 
 # 2. Preferences as people gave them.
 dpo="$here/dpo.yaml --model_name_or_path $out/sft"
