@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastpo.adapters import add_adapter
 from fastpo.backbone import causal_lm, head_shape
 from fastpo.config import PreferenceConfig
 from fastpo.heads import BetaHead, DiscoHead, Head, ValueHead
@@ -78,6 +79,20 @@ def without_heads(model: Any) -> Iterator[None]:
     finally:
         for name, head in heads.items():
             setattr(lm, name, head)
+
+
+def with_new_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> Any:
+    """A model in a new adapter, which leaves its heads alone; without a config the model as it is.
+
+    Raises:
+        ValueError: it has an adapter already.
+    """
+    if peft_config is None:
+        return model
+    if hasattr(model, "disable_adapter"):
+        raise ValueError("peft_config must be None for a model that already has an adapter")
+    with without_heads(model):
+        return add_adapter(model, peft_config, gradient_checkpointing)
 
 
 def add_heads(model: Any, reference: Any, config: PreferenceConfig, source: str | None) -> PreferenceConfig:

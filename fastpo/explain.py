@@ -199,6 +199,8 @@ def _ppo_words(config: PreferenceConfig, *, ppo: Any) -> Iterator[str]:
         yield f"s(x), of a Beta head on features of the prompt under the reference, {how}."
     elif config.add_beta_head:
         yield "A Beta head exists, is saved and loaded, and is not used: beta_mode is fixed."
+    if ppo.kl_estimator == "k3":
+        yield "As a reward k3 holds the policy far less than k1: near the reference its gradient is next to nothing."
     if ppo.mask_truncated_completions:
         yield "Completions that do not come to their end are left out of the loss."
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastpo.adapters import add_adapter, check_adapter
-from fastpo.architecture import add_heads, add_value_head, check_optimizer, heads_of, without_heads
+from fastpo.adapters import check_adapter
+from fastpo.architecture import add_heads, add_value_head, check_optimizer, heads_of, with_new_adapter, without_heads
 from fastpo.backbone import StatsOutput, Wanted, causal_lm, head_shape, install_stats_forward, model_stats
 from fastpo.generation import check_positions
 from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
@@ -81,13 +81,8 @@ class PPOTrainer(StageTrainer):
         self.rewards = _reward_sum(reward_funcs, args)
         source = model if isinstance(model, str) else getattr(causal_lm(model).config, "_name_or_path", None)
         model, ref_model, processing_class = load_models(model, ref_model, processing_class, full=peft_config is None)
+        model = with_new_adapter(model, peft_config, args.gradient_checkpointing)
         has_adapter = hasattr(model, "disable_adapter")
-        if peft_config is not None:
-            if has_adapter:
-                raise ValueError("peft_config must be None for a model that already has an adapter")
-            with without_heads(model):
-                model = add_adapter(model, peft_config, args.gradient_checkpointing)
-            has_adapter = True
         if args.disable_dropout:
             # The adapter's too: completions are drawn without, and ratios to that policy would be noise.
             disable_dropout(model)

@@ -8,8 +8,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback
 
-from fastpo.adapters import add_adapter, check_adapter
-from fastpo.architecture import add_reward_head, check_optimizer, without_heads
+from fastpo.adapters import check_adapter
+from fastpo.architecture import add_reward_head, check_optimizer, with_new_adapter
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.backbone import causal_lm
 from fastpo.calibration import expected_calibration_error, log_preference
@@ -165,18 +165,14 @@ class _KeepPadding(TrainerCallback):
 
 def _with_adapter(model: Any, peft_config: Any, args: PreferenceTrainingArguments) -> Any:
     """The model, with a new adapter where there is a config; its score trains."""
-    score, has_adapter = causal_lm(model).score, hasattr(model, "disable_adapter")
-    if not has_adapter:
+    score = causal_lm(model).score
+    if not hasattr(model, "disable_adapter"):
         score.float().requires_grad_(True)  # steps of AdamW are below the resolution of 16-bit weights
-    if peft_config is not None:
-        if has_adapter:
-            raise ValueError("peft_config must be None for a model that already has an adapter")
-        if peft_config.task_type != "SEQ_CLS":
-            raise ValueError(
-                f"peft_config must have task_type SEQ_CLS, which trains the score, got {peft_config.task_type}"
-            )
-        with without_heads(model):
-            model = add_adapter(model, peft_config, args.gradient_checkpointing)
+    if peft_config is not None and peft_config.task_type != "SEQ_CLS":
+        raise ValueError(
+            f"peft_config must have task_type SEQ_CLS, which trains the score, got {peft_config.task_type}"
+        )
+    model = with_new_adapter(model, peft_config, args.gradient_checkpointing)
     check_adapter(model, is_reference=False, always=False)
     return model
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fastpo.adapters import add_adapter, check_adapter, has_reference_adapter
-from fastpo.architecture import add_heads, check_optimizer, without_heads
+from fastpo.adapters import check_adapter, has_reference_adapter
+from fastpo.architecture import add_heads, check_optimizer, with_new_adapter, without_heads
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.attention import use_path_attention
 from fastpo.backbone import causal_lm, head_shape, install_stats_forward, model_stats
@@ -71,13 +71,8 @@ class PreferenceTrainer(PairTrainer):
         model, ref_model, processing_class = load_models(model, ref_model, processing_class, full=peft_config is None)
         if args.disable_dropout:
             disable_dropout(model)
+        model = with_new_adapter(model, peft_config, args.gradient_checkpointing)
         has_adapter = hasattr(model, "disable_adapter")
-        if peft_config is not None:
-            if has_adapter:
-                raise ValueError("peft_config must be None for a model that already has an adapter")
-            with without_heads(model):
-                model = add_adapter(model, peft_config, args.gradient_checkpointing)
-            has_adapter = True
         self.objective = add_heads(model, ref_model, args.preference_config, source)
         check_optimizer(optimizers[0], model)
 

@@ -146,8 +146,8 @@ def test_every_combination_is_refused_or_trains_what_it_uses(tmp_path: Path, los
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stage": "sft", "add_beta_head": True}, "add_beta_head belongs to stage dpo, got stage='sft'"),
-        ({"stage": "sft", "add_disco_head": True}, "add_disco_head belongs to stage dpo, got stage='sft'"),
+        ({"stage": "sft", "add_beta_head": True}, "add_beta_head belongs to stage dpo, ppo, got stage='sft'"),
+        ({"stage": "sft", "add_disco_head": True}, "add_disco_head belongs to stage rm, dpo, got stage='sft'"),
         ({"regularizers": {"pointwise": 1.0}}, "regularizers .* beta_mode='fixed'"),
         ({"beta_head_config": {"kind": "mlp"}}, "beta_head_config must be None without add_beta_head"),
         ({"add_beta_head": True, "beta_head_config": {"widht": 3}}, "beta_head_config: .*'widht'"),
