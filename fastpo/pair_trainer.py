@@ -82,11 +82,7 @@ class PairTrainer(StageTrainer):
         rows = sum(len(batch["index"]) for batch in batch_samples)
         # Chosen rows come first; their completion tokens are what a token mean divides by.
         tokens = sum(completion_tokens(batch, len(batch["index"])) for batch in batch_samples)
-        counts = torch.tensor([rows, tokens], dtype=torch.float64, device=device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "mean")
-        rows_total, tokens_total = counts.clamp(min=1e-9).float()
-        return StepTotals(rows_total, tokens_total)
+        return self.step_totals(rows, tokens, device)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

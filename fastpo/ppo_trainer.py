@@ -249,11 +249,7 @@ class PPOTrainer(StageTrainer):
         """What the whole optimiser step averages over; see `StepTotals`."""
         rows = sum(len(batch["index"]) for batch in rollouts)
         tokens = sum(batch["loss_mask"].sum() for batch in rollouts)
-        counts = torch.tensor([rows, tokens], dtype=torch.float64, device=self.args.device)
-        if self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, "mean")
-        rows_total, tokens_total = counts.clamp(min=1e-9).float()
-        return StepTotals(rows_total, tokens_total)
+        return self.step_totals(rows, tokens, self.args.device)
 
     # --- loss -------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastpo.adapters import without_reference_adapter
@@ -14,7 +15,7 @@ from fastpo.model_card import write_model_card
 from fastpo.nonfinite import StepGuard, check_loss
 from fastpo.objective_trainer import TrainsObjective
 from fastpo.trackers import show_beta_histograms
-from fastpo.types import LossOutput
+from fastpo.types import LossOutput, StepTotals
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,14 @@ class StageTrainer(TrainsObjective, AtomicTrainer):
             loss = output.loss
         self._meters["train" if model.training else "eval"].add(output.metrics, len(index))
         return loss
+
+    def step_totals(self, rows: int, tokens: Any, device: torch.device) -> StepTotals:
+        """What an optimiser step averages over, given what this process has of it; see `StepTotals`."""
+        counts = torch.tensor([rows, tokens], dtype=torch.float64, device=device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "mean")
+        rows_total, tokens_total = counts.clamp(min=1e-9).float()
+        return StepTotals(rows_total, tokens_total)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm, in which every process sees a step gone wrong; None of a step that was skipped."""
