@@ -381,6 +381,7 @@ def test_a_file_of_settings(argv: list[str], tmp_path: Path, capsys: pytest.Capt
     for text, message in (
         ("num_generation: 3", "unknown key 'num_generation'; did you mean 'num_generations'?"),
         ("num_generations: [3]", "num_generations must be one value, got [3]"),
+        ("num_generations:", "num_generations must be one value, got None"),
         ("num_generations: 2.5", "invalid int value: '2.5'"),
         ("skip_bad_rows: maybe", "Truthy value expected"),
         ("- 3", "must hold keys and values, got list"),
