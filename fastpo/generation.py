@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from fastpo.backbone import causal_lm
 from fastpo.config import option
-from fastpo.data import Text
+from fastpo.data import Messages, Text, common_beginning
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,30 @@ def check_positions(config: Any, prompt_length: int, sampling: Sampling) -> None
 
 
 def said(tokenizer: Any, prompt: Text, prompt_ids: Sequence[int], completion: Completion) -> Text:
-    """A completion in the form of its prompt: text that goes on from it, or the assistant's message."""
+    """A completion in the form of its prompt: text that goes on from it, or the assistant's message.
+
+    White space that the chat template puts around a message is no part of it: rendered again it would be there twice.
+    """
     alone = tokenizer.decode(completion.ids, skip_special_tokens=True)
     if not isinstance(prompt, str):
-        return [{"role": "assistant", "content": alone}]
+        before, after = _around_message(tokenizer, prompt)
+        content = alone.removeprefix(before)
+        return [{"role": "assistant", "content": content.removesuffix(after) if completion.finished else content}]
     # Tokenizers after sentencepiece drop the space that a text begins with, so the whole is decoded.
     before = tokenizer.decode(prompt_ids, skip_special_tokens=True)
     whole = tokenizer.decode([*prompt_ids, *completion.ids], skip_special_tokens=True)
     return whole[len(before) :] if whole.startswith(before) else alone
+
+
+def _around_message(tokenizer: Any, prompt: Messages) -> tuple[str, str]:
+    """White space that the model writes before the assistant's message, and between it and the eos_token."""
+    begun = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": "x"}], tokenize=False)
+    before, _, after = whole[common_beginning(begun, whole) :].partition("x")
+    after, end, _ = after.partition(tokenizer.eos_token) if tokenizer.eos_token else ("", "", "")
+    for token in tokenizer.all_special_tokens:  # which decoding leaves out
+        after = after.replace(token, "")
+    return before if before.isspace() else "", after if end and after.isspace() else ""
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, TrainerCallback
 
 from fastpo.adapters import check_adapter
-from fastpo.architecture import add_reward_head, check_optimizer, with_new_adapter
+from fastpo.architecture import add_reward_head, check_optimizer, heads_of, with_new_adapter
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.backbone import causal_lm
 from fastpo.calibration import expected_calibration_error, log_preference
@@ -115,6 +115,13 @@ class RewardTrainer(PairTrainer):
         if answers_by_head(model):
             raise ValueError(
                 "model answers with its Disco head, which only pref_loss_type='disco' trains: load it anew"
+            )
+        head = heads_of(model).get("disco_head")
+        if head is not None and bool(head.linear.weight.any()):
+            # Saved beside the new score it would be taken for what was trained.
+            raise ValueError(
+                "model has a trained Disco head, which only pref_loss_type='disco' trains further: leave the head "
+                "behind (add_disco_head=False and the model's name)"
             )
         install_score_forward(model)
 

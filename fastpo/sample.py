@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastpo.adapters import check_adapter
 from fastpo.chat_templates import check_chat_template, set_chat_template
 from fastpo.config import option
 from fastpo.data import read_dataset
@@ -184,6 +185,7 @@ def _load(name: str, dtype: str) -> Any:
 
         base = _load_whole(PeftConfig.from_pretrained(name).base_model_name_or_path, dtype)
         model = PeftModel.from_pretrained(base, name)
+        check_adapter(model, is_reference=False, always=False)
     else:
         model = _load_whole(name, dtype)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -194,6 +196,8 @@ def _load_whole(name: str, dtype: str) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"model_name_or_path must name a causal LM, got {name!r}: {error}") from error
+    if any(key.startswith("score.") for key in found["unexpected_keys"]):  # with tied weights nothing is missing
+        raise ValueError(f"model_name_or_path must name a causal LM, got a reward model in {name!r}")
     if found["missing_keys"]:
         raise ValueError(
             f"model_name_or_path must name a causal LM, got {name!r} without {', '.join(sorted(found['missing_keys']))}"

@@ -128,7 +128,8 @@ def _scored(batch: Sequence[Mapping[str, Any]], form: Form, scorer: Scorer) -> l
     scored, first = [], 0
     for row, (_, completions) in zip(batch, said, strict=True):
         part = slice(first, first + len(completions))
-        scored.append({**row, **form.write(rewards[part], None if sigmas is None else sigmas[part])})
+        others = {name: value for name, value in row.items() if name not in form.columns}
+        scored.append({**others, **form.write(rewards[part], None if sigmas is None else sigmas[part])})
         first = part.stop
     return scored
 

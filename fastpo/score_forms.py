@@ -25,11 +25,13 @@ class Form(NamedTuple):
         read: row -> prompt and completions; raises `BadRowError`.
         write: rewards of a row's completions and, of Gaussian ones, deviations -> columns.
         rewards: row with those columns -> its rewards.
+        columns: names of those columns; what a row has of them is of an earlier scoring.
     """
 
     read: Callable[[Mapping[str, Any]], Said]
     write: Callable[[list[float], list[float] | None], dict[str, Any]]
     rewards: Callable[[Mapping[str, Any]], list[float]]
+    columns: tuple[str, ...]
 
 
 def find_score_form(columns: Sequence[str], source: str) -> Form:
@@ -39,11 +41,14 @@ def find_score_form(columns: Sequence[str], source: str) -> Form:
         ValueError: they fit none.
     """
     if {"prompt", "responses"} <= set(columns):
-        return Form(_read_responses, _write_lists, lambda row: row["rewards"])
+        return Form(_read_responses, _write_lists, lambda row: row["rewards"], ("rewards", "sigmas"))
     if set(SIDES) <= set(columns):
         pair = find_form(columns, "dpo", source)
         return Form(
-            lambda row: _read_pair(pair(row)), _write_sides, lambda row: [row[f"score_{side}"] for side in SIDES]
+            lambda row: _read_pair(pair(row)),
+            _write_sides,
+            lambda row: [row[f"score_{side}"] for side in SIDES],
+            tuple(f"{name}_{side}" for name in ("score", "sigma") for side in SIDES),
         )
     for name in ("response", "completion"):
         if {"prompt", name} <= set(columns):
@@ -51,6 +56,7 @@ def find_score_form(columns: Sequence[str], source: str) -> Form:
                 lambda row, name=name: _said(read_text(row, "prompt"), [read_text(row, name)]),  # type: ignore[misc]
                 _write_numbers,
                 lambda row: [row["reward"]],
+                ("reward", "sigma"),
             )
     raise ValueError(
         f"{source} must have prompt and responses, response or completion, or be preference pairs; got "

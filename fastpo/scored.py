@@ -41,8 +41,8 @@ class Scored:
 
 OWN = ("index", "prompt", "responses", "rewards", "sigmas", "finished", "beta")
 OF_OTHER_COMPLETIONS = (
-    "chosen", "rejected", "completion", "conversations", "score_chosen", "score_rejected", "pair_weight",
-    *REFERENCE_COLUMNS,
+    "chosen", "rejected", "completion", "response", "conversations", "score_chosen", "score_rejected", "sigma_chosen",
+    "sigma_rejected", "reward", "sigma", "margin", "pair_weight", *REFERENCE_COLUMNS,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -49,10 +49,11 @@ def parse_arguments(kind: type[Arguments], argv: list[str], command: str) -> Arg
     path, overrides = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     said = {} if path is None else read_yaml(path)
     known = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    types = get_type_hints(kind)  # not the fields' own, from which the parser takes the None
     for key, value in said.items():
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
-        if isinstance(value, list | dict):
+        if isinstance(value, list | dict) or (value is None and type(None) not in get_args(types[key])):
             raise ValueError(f"{path}: {key} must be one value, got {value!r}")
     check_known(overrides, known)
     # argparse converts a default, and so checks it, where it is a string.

@@ -17,7 +17,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from fastpo import vllm_backend
 from fastpo.backbone import install_stats_forward
+from fastpo.chat_templates import CHAT_TEMPLATES, render, set_chat_template
 from fastpo.generation import Completion, Sampling, end_tokens, generate, said, seed_of
+from fastpo.tokenization import encode_completion
 
 VOCAB, EOS = 7, 5
 ENDS = {"pad_token_id": 0, "eos_token_id": EOS}
@@ -231,12 +233,27 @@ def test_text_goes_on_from_its_prompt_and_messages_are_answered() -> None:
     assert said(tokenizer, "the sky", prompt_ids, done) == " is blue"
     assert said(tokenizer, "the sky", prompt_ids, Completion([1], True)) == ""
     messages = [{"role": "user", "content": "the sky"}]
+    tokenizer.chat_template = render(CHAT_TEMPLATES["empty"])
     assert said(tokenizer, messages, prompt_ids, done) == [{"role": "assistant", "content": "is blue"}]
     bytewise = tiny_tokenizer()
     ids = bytewise("über 東京")["input_ids"]
     for split in range(1, len(ids)):
         text = said(bytewise, "", ids[:split], Completion([*ids[split:], bytewise.eos_token_id], True))
         assert text in (bytewise.decode(ids[split:]), "über 東京"[len(bytewise.decode(ids[:split])) :])
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_a_message_rendered_again_is_what_was_generated(name: str) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": [*CHAT_TEMPLATES[name].stop_words]})
+    set_chat_template(tokenizer, name)
+    prompt = [{"role": "user", "content": "Why?"}]
+    for content in ("So.", " So\n"):
+        prompt_ids, whole = encode_completion(prompt, [{"role": "assistant", "content": content}], tokenizer)
+        ids, end = whole[len(prompt_ids) :], tokenizer.eos_token_id
+        finished = end in ids
+        done = Completion(ids[: ids.index(end) + 1] if finished else ids, finished)
+        assert encode_completion(prompt, said(tokenizer, prompt, prompt_ids, done), tokenizer)[1] == whole
 
 
 # --- vLLM -------------------------------------------------------------------------------------------------------------

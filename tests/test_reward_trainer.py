@@ -368,6 +368,18 @@ def test_a_head_that_is_not_used_is_kept(tmp_path: Path, causal: str) -> None:
 # --- models and tokenizers --------------------------------------------------------------------------------------------
 
 
+def test_a_trained_head_does_not_stay_beside_a_score_that_trains(tmp_path: Path, causal: str) -> None:
+    """What loads the model would take its rewards from the head."""
+    trainer = trainer_for(tmp_path / "gaussian", causal, **DISCO)
+    trainer.train()
+    trainer.save_model()
+    again = str(tmp_path / "gaussian")
+    with pytest.raises(ValueError, match="model has a trained Disco head"):
+        trainer_for(tmp_path / "again", again, add_disco_head=True)
+    assert not heads_of(trainer_for(tmp_path / "again", again).model)
+    assert trainer_for(tmp_path / "again", again, **DISCO).gaussian
+
+
 def test_the_first_model_does_not_depend_on_the_seed(tmp_path: Path, causal: str) -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)

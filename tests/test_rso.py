@@ -114,6 +114,14 @@ def test_pairs_are_of_their_prompt_and_labelled_by_its_rewards(
     assert f"{len(pairs)} pairs of 12 prompts" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["rso", "rerank"])
+def test_numbers_of_other_completions_do_not_travel_along(tmp_path: Path, command: str) -> None:
+    """Such as of the pairs whose prompts were sampled: stage rm would read their margin."""
+    names = ("margin", "sigma_chosen", "sigma_rejected", "sigma", "response", "task")
+    for row in run(command, tmp_path, scored_rows(**{name: [1.0] * 12 for name in names})):
+        assert set(names) & set(row) == {"task"}
+
+
 def test_a_prompt_does_not_depend_on_the_others_nor_on_where_it_stands(tmp_path: Path) -> None:
     rows = scored_rows()
     whole = run("rso", tmp_path, rows)

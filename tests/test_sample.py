@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import PromptTuningConfig, get_peft_model
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -294,11 +295,17 @@ BAD_INPUT: dict[str, tuple[list[str], str]] = {
     "dates": (["--dataset", "{dates}"], "dataset column 'day' must hold what JSON can"),
     "missing model": (["--model_name_or_path", "/nowhere"], "tokenizer_name_or_path must name a tokenizer, got '/now"),
     "missing weights": (["--model_name_or_path", "{no_weights}"], "model_name_or_path must name a causal LM, got"),
-    "a reward model": (["--model_name_or_path", "{reward}"], "without lm_head.weight"),
+    "a reward model": (["--model_name_or_path", "{reward}"], "must name a causal LM, got a reward model"),
+    "a reward model with tied weights": (["--model_name_or_path", "{tied}"], "got a reward model"),
+    "a headless model": (["--model_name_or_path", "{headless}"], "without lm_head.weight"),
+    "virtual tokens": (["--model_name_or_path", "{virtual}"], "must adapt layers, got PROMPT_TUNING"),
     "too long": (["--max_completion_length", "40000"], "must fit into the model's 32768 positions"),
     "no vllm": (["--backend", "vllm"], "backend vllm needs vllm (pip install 'fastpo[vllm]')"),
 }
-LOADS = {"missing weights", "a reward model", "too long", "no vllm"}
+LOADS = {
+    "missing weights", "a reward model", "a reward model with tied weights", "a headless model", "virtual tokens",
+    "too long", "no vllm",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -313,12 +320,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         found[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     found["dates"] = folder / "dates.parquet"
     Dataset.from_list([{**ROW, "day": datetime(2026, 1, 1)}]).to_parquet(found["dates"])
-    for name in ("no_weights", "reward"):
+    for name in ("no_weights", "reward", "tied", "headless", "virtual"):
         found[name] = folder / name
         tiny_tokenizer().save_pretrained(folder / name)
     tiny_model().config.save_pretrained(folder / "no_weights")
-    config = tiny_model(num_labels=1, tie_word_embeddings=False).config
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "reward")
+    for name, tied in (("reward", False), ("tied", True)):
+        config = tiny_model(num_labels=1, tie_word_embeddings=tied).config
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / name)
+    tiny_model(tie_word_embeddings=False).base_model.save_pretrained(folder / "headless")
+    tiny_model().save_pretrained(folder / "virtual" / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "virtual" / "base")
+    prompted = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(model, prompted).save_pretrained(folder / "virtual")
     return found
 
 
@@ -368,6 +381,7 @@ def test_a_file_of_settings(argv: list[str], tmp_path: Path, capsys: pytest.Capt
     for text, message in (
         ("num_generation: 3", "unknown key 'num_generation'; did you mean 'num_generations'?"),
         ("num_generations: [3]", "num_generations must be one value, got [3]"),
+        ("num_generations:", "num_generations must be one value, got None"),
         ("num_generations: 2.5", "invalid int value: '2.5'"),
         ("skip_bad_rows: maybe", "Truthy value expected"),
         ("- 3", "must hold keys and values, got list"),

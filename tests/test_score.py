@@ -156,6 +156,22 @@ def test_single_completions_and_pairs(argv: list[str], data: Path, tmp_path: Pat
         assert written(tmp_path, f"{name}.jsonl") == expected
 
 
+def test_deviations_of_another_judge_do_not_stay_beside_new_rewards(
+    argv: list[str], data: Path, tmp_path: Path
+) -> None:
+    text, pair = {"prompt": "a", "sigma": 1.0, "reward": 9.0}, {"chosen": "b", "rejected": "", "sigma_chosen": 1.0}
+    forms: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "responses": ({"prompt": "a", "responses": ["b"], "rewards": [9.0], "sigmas": [1.0]}, {"rewards": [2.0]}),
+        "completion": ({**text, "completion": "b"}, {"reward": 2.0}),
+        "pair": ({"prompt": "a", **pair, "sigma_rejected": 2.0}, {"score_chosen": 2.0, "score_rejected": 1.0}),
+    }
+    for name, (row, rewards) in forms.items():
+        data.write_text(json.dumps(row) + "\n")
+        assert main([*argv, "--output_file", str(tmp_path / name), *by(data, "of_text")]) == 0
+        [found] = written(tmp_path, name)
+        assert {key: found[key] for key in found if key.startswith(("reward", "score", "sigma"))} == rewards
+
+
 def test_scored_pairs_train(argv: list[str], data: Path, tmp_path: Path) -> None:
     """As the confidence regulariser reads them."""
     Dataset.from_list([{"prompt": "a", "chosen": "bc", "rejected": "d"}]).to_json(tmp_path / "pairs.jsonl")
