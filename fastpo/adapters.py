@@ -18,8 +18,20 @@ REFERENCE_ADAPTER = "ref"
 
 
 def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> Any:
-    from peft import get_peft_model
+    """The model in a new adapter.
 
+    Raises:
+        ValueError: it has one in its layers already, as a model loaded from the folder of an adapter has, which the new
+            one would overwrite.
+    """
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "peft_config must be None for a model that already has an adapter, whose place the new one would take: "
+            "merge it into the model first (a recipe: its model, and the adapter under merge_adapters)"
+        )
     if gradient_checkpointing:
         # Checkpointed blocks of a frozen backbone have no gradient to follow unless their input asks for one.
         model.enable_input_require_grads()

@@ -114,7 +114,17 @@ class TrainsObjective(LoadsHeads):
         return scheduled_beta(self.objective.beta_schedule, done)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a parameter group of its own for the Beta head."""
+        """The Trainer's optimizer, with a parameter group of its own for the Beta head.
+
+        Raises:
+            ValueError: no parameter of the model trains.
+        """
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "model must have parameters that train, got none, as of a model loaded from the folder of an adapter: "
+                "merge that one (a recipe: its model, and the adapter under merge_adapters), or load it with PEFT's "
+                "is_trainable=True"
+            )
         made_here = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         head = heads_of(self.model).get("beta_head")

@@ -18,6 +18,12 @@ REFUSED = {
     "prefix_sharing": "it belongs to stage dpo",
     "split_responses": "it belongs to stage dpo",
     "precompute_ref_log_probs": "completions are not known before they are drawn",
+    "precompute_ref_batch_size": "it belongs to stage dpo",
+    "reference_cache_dir": "it belongs to stage dpo",
+    "pad_to_multiple_of": "completions are padded to the longest of a batch",
+    "dataset_num_proc": "prompts are tokenised by one process",
+    "neftune_noise_alpha": "ratios would be to a policy without the noise",
+    "auto_find_batch_size": "a batch holds whole groups of num_generations completions",
     "fsdp": "generate does not work on a model in parts",
 }
 
@@ -113,6 +119,9 @@ class PPOFields(SamplingFields):  # type: ignore[misc, valid-type]
                 raise ValueError(f"{name} must be a finite number {least}, got {value!r}")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length must be >= 1, got {self.max_prompt_length!r}")
+        weights = self.reward_weights
+        if weights is not None and not (isinstance(weights, list | tuple) and all(map(math.isfinite, weights))):
+            raise ValueError(f"reward_weights must be a list of finite numbers, got {weights!r}")
         if self.epsilon >= 1:
             raise ValueError(f"epsilon must be < 1, got {self.epsilon!r}")
         for name in ("gamma", "lam"):

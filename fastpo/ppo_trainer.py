@@ -153,6 +153,11 @@ class PPOTrainer(StageTrainer):
             eval_dataset = tokenized_prompts(eval_dataset, "eval_dataset", self.args, self.processing_class)
         return super().get_eval_dataloader(eval_dataset)
 
+    def get_test_dataloader(self, test_dataset: Dataset) -> Any:
+        return super().get_test_dataloader(
+            tokenized_prompts(test_dataset, "test_dataset", self.args, self.processing_class)
+        )
+
     # --- rollouts ---------------------------------------------------------------------------------------------------
 
     def get_batch_samples(
@@ -317,6 +322,11 @@ def _reward_sum(given: RewardSource | Sequence[RewardSource] | None, args: PPOTr
     if given is None:
         models: list[RewardSource] = [] if args.reward_model is None else [args.reward_model]
         given = [*models, *map(load_reward_function, args.reward_funcs or [])]
+    elif args.reward_model is not None or args.reward_funcs:
+        raise ValueError(
+            "reward_funcs must be None where args names the rewards, or reward_model and reward_funcs of args unset: "
+            f"got both, args with {args.reward_model!r} and {args.reward_funcs!r}"
+        )
     sources: Any = given if isinstance(given, list | tuple) else [given]
     return RewardSum(
         sources, args.reward_weights, risk_aversion=args.risk_aversion, max_length=args.max_length, device=args.device

@@ -28,11 +28,11 @@ def tokenized_prompts(dataset: Any, source: str, args: PPOTrainingArguments, tok
         return None
     if not isinstance(dataset, Dataset):
         raise TypeError(f"{source} must be a datasets.Dataset, got {type(dataset).__name__}")
-    if "prompt_ids" in dataset.column_names:
-        return dataset
-    rows = tokenize_prompts(
-        dataset, tokenizer, max_length=args.prompt_limit, source=source, skip_bad_rows=args.skip_bad_rows
-    )
+    rows = dataset
+    if not {"prompt", "prompt_ids", "index"} <= set(dataset.column_names):
+        rows = tokenize_prompts(
+            dataset, tokenizer, max_length=args.prompt_limit, source=source, skip_bad_rows=args.skip_bad_rows
+        )
     if BETA_SCALE in rows.column_names:
         for index, scale in zip(rows["index"], rows[BETA_SCALE], strict=True):
             if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 <= scale < math.inf:

@@ -303,3 +303,17 @@ def test_optimisers_of_eight_bits_train(tmp_path: Path, optim: str) -> None:
     )  # fmt: skip
     trainer.train()
     assert trainer.state.log_history[-2]["loss"] < 0.4
+
+
+def test_a_model_loaded_from_an_adapters_folder_is_no_base_of_another(tmp_path: Path) -> None:
+    """transformers puts a saved adapter into the layers, frozen: PEFT would overwrite it, and nothing trains."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, lora(target_modules=LAYERS)).save_pretrained(tmp_path / "adapter")
+    given = {
+        "args": tiny_args(tmp_path / "out"), "train_dataset": tiny_pairs(4), "processing_class": tiny_tokenizer()
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="peft_config must be None for a model that already has an adapter, whose"):
+        PreferenceTrainer(str(tmp_path / "adapter"), **given, peft_config=lora(target_modules=LAYERS))
+    with pytest.raises(ValueError, match="model must have parameters that train, got none"):
+        PreferenceTrainer(str(tmp_path / "adapter"), **given).train()

@@ -23,6 +23,7 @@ from fastpo.generation import Completion
 from fastpo.heads import BetaHead, DiscoHead
 from fastpo.rollouts import PromptSampler
 from fastpo.scoring import RewardModel
+from fastpo.tokenization import tokenize_dataset
 
 PROMPTS = (
     "Tell me of tea", "How is rice made", "Where do bees go", "Why read a map",
@@ -462,6 +463,11 @@ def test_evaluation_is_the_same_each_time_and_changes_nothing(tmp_path: Path) ->
     assert trainer.evaluate()["eval_reward"] != found[0]["eval_reward"]
 
 
+def test_predictions_of_prompts_are_an_evaluation_of_them(tmp_path: Path) -> None:
+    trainer, held_out = ppo(tmp_path), prompts().select(range(3))
+    assert trainer.predict(held_out).metrics["test_reward"] == trainer.evaluate(held_out)["eval_reward"]
+
+
 def test_batches_of_an_evaluation_draw_apart(tmp_path: Path) -> None:
     seen: list[list[int]] = []
 
@@ -591,6 +597,14 @@ ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"padding_free": True}, "padding_free must be unset in stage ppo"),
     ({"prefix_sharing": True}, "prefix_sharing belongs to stage dpo"),
     ({"fsdp": True}, "fsdp must be unset in stage ppo"),
+    ({"precompute_ref_batch_size": 4}, "precompute_ref_batch_size must be unset in stage ppo"),
+    ({"reference_cache_dir": "cache"}, "reference_cache_dir must be unset in stage ppo"),
+    ({"pad_to_multiple_of": 8}, "pad_to_multiple_of must be unset in stage ppo"),
+    ({"dataset_num_proc": 2}, "dataset_num_proc must be unset in stage ppo"),
+    ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be unset in stage ppo"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size must be unset in stage ppo"),
+    ({"reward_weights": 2.0}, "reward_weights must be a list of finite numbers, got 2.0"),
+    ({"reward_weights": [math.nan]}, "reward_weights must be a list of finite numbers, got [nan]"),
     ({"sft_weight": 0.1}, "sft_weight is not used in stage ppo"),
     ({"regularizers": {"pointwise": 1.0}, **LEARNED}, "regularizers is not used in stage ppo"),
     ({"stage": "dpo"}, "stage must be ppo"),
@@ -615,6 +629,12 @@ INPUTS: list[tuple[dict[str, Any], str]] = [
         "train_dataset row 7: 'beta_scale' must be a finite number >= 0",
     ),
     ({"data": [1, 2]}, "train_dataset must be a datasets.Dataset, got list"),
+    ({"data": tokenize_dataset(tiny_pairs(4), tiny_tokenizer())}, "train_dataset must have a column prompt"),
+    (
+        {"data": prompts(prompt_ids=[[5]] * 8, index=list(range(8)), beta_scale=[-1.0] * 8)},
+        "train_dataset row 0: 'beta_scale' must be a finite number >= 0",
+    ),
+    ({"reward_model": "a-model"}, "reward_funcs must be None where args names the rewards"),
 ]
 
 
