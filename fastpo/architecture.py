@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastpo.adapters import add_adapter
-from fastpo.backbone import causal_lm, head_shape
+from fastpo.backbone import causal_lm
 from fastpo.config import PreferenceConfig
 from fastpo.heads import BetaHead, DiscoHead, Head, ValueHead
+from fastpo.lm_head import head_shape
 
 logger = logging.getLogger(__name__)
 

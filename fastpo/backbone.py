@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,15 @@ from torch import Tensor, nn, segment_reduce
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from fastpo.adapters import as_reference, check_head_lora, head_lora
+from fastpo.adapters import as_reference
 from fastpo.attention import PACKS_BY_POSITION, SDPA_PATHS
 from fastpo.layout import IGNORED, Rows, positions, prompts, responses, shared_lengths, sides
-from fastpo.ops import joint_linear_logps, joint_linear_sequence_stats, linear_logps, linear_sequence_stats
+from fastpo.lm_head import LMHead
+from fastpo.ops import linear_logps
 from fastpo.types import AnySequenceStats, ExtendedSequenceStats, SequenceStats, TokenStats
-from fastpo.vocab_parallel import mean_gradient
 
 # A batch's fields that a model reads.
 TOKENS = ("input_ids", "attention_mask", "completion_mask", "paths")
-# How config classes name what their forward does to the logits.
-SOFTCAP_FIELDS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-SCALE_FIELDS = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}  # exponents
-# Model types that mean something else by such a name: their own exponents.
-SCALE_EXCEPTIONS = {"hyperclovax": {"logits_scaling": 1}, "mpt": {"logit_scale": 0}}
 
 
 @dataclass(frozen=True)
@@ -178,123 +173,6 @@ def install_stats_forward(model: Any) -> None:
     lm.forward = MethodType(forward, lm)
 
 
-def head_parameters(lm: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (V, D) and bias (V,) of the output embedding, for use within the model's own forward.
-
-    Looked up anew because PEFT and FSDP replace it, and because that is when DeepSpeed gathers what ZeRO-3 has
-    partitioned; it does so again for the backward. A head that FSDP2 shards apart from its neighbours stays sharded, as
-    a DTensor, which the ops take as it is.
-
-    What LoRA adds to them is not in them: see `fastpo.adapters.head_lora`.
-
-    Raises:
-        ValueError: as `head_shape`.
-    """
-    head = _output_embedding(lm)
-    weight, bias = head.weight, getattr(head, "bias", None)
-    return _head_part(weight), None if bias is None else _head_part(bias)
-
-
-def _head_part(parameter: Any) -> Tensor:
-    replicated = hasattr(parameter, "device_mesh") and all(x.is_replicate() for x in parameter.placements)
-    if replicated and not parameter.requires_grad:
-        return parameter.to_local()
-    return mean_gradient(parameter)
-
-
-def head_shape(lm: Any) -> tuple[int, int]:
-    """(V, D) of the output embedding, wherever its rows may be.
-
-    Raises:
-        ValueError: the model has no separate backbone, no output embedding, a quantised one, or on it an adapter that
-            is not plain LoRA.
-    """
-    weight = _output_embedding(lm).weight
-    rows, size = getattr(weight, "ds_shape", weight.shape)
-    return rows, size
-
-
-def _output_embedding(lm: Any) -> Any:
-    if not hasattr(lm, "get_output_embeddings") or getattr(lm, "base_model", lm) is lm:
-        raise ValueError(f"model must be a causal LM with a backbone below its head, got {type(lm).__name__}")
-    head = lm.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model must have an output embedding, got {type(lm).__name__} without one")
-    if hasattr(head, "base_layer") and not hasattr(head, "lora_A"):
-        raise ValueError(f"peft_config must put LoRA or modules_to_save on the LM head, got {type(head).__name__}")
-    check_head_lora(head)
-    if not head.weight.is_floating_point():
-        raise ValueError(f"the LM head must not be quantised, got a weight of {head.weight.dtype}")
-    return head
-
-
-def logit_options(config: Any) -> dict[str, Any]:
-    """`logit_scale` and `softcap` that the model's own forward would apply to its logits, by its config's fields."""
-    scale = 1.0
-    for name, exponent in (SCALE_FIELDS | SCALE_EXCEPTIONS.get(config.model_type, {})).items():
-        value = getattr(config, name, None)
-        if exponent and value is not None:
-            scale *= float(value) ** exponent
-    caps = [cap for name in SOFTCAP_FIELDS if (cap := getattr(config, name, None)) is not None]
-    return {"logit_scale": scale, "softcap": caps[0] if caps else None}
-
-
-class _Head(NamedTuple):
-    """K rows of hidden states, and the LM head that they go through."""
-
-    hidden: Tensor  # (K, D)
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    lora: tuple[Tensor, Tensor] | None  # (K, r), (V, r)
-    options: dict[str, Any]  # of the ops
-
-    @classmethod
-    def of(cls, lm: Any, hidden: Tensor, temperature: float = 1.0) -> "_Head":
-        weight, bias = head_parameters(lm)
-        if not torch.is_autocast_enabled(hidden.device.type):
-            hidden = hidden.to(weight.dtype)  # norms kept in fp32 (k-bit training) feed a 16-bit head
-        transform = {**logit_options(lm.config.get_text_config()), "temperature": temperature}
-        options = {"ignore_index": IGNORED, **transform}
-        return cls(hidden, weight, bias, head_lora(lm.get_output_embeddings(), hidden), options)
-
-    def stats(self, rows: Rows, shared: Tensor | None, extras: tuple[str, ...] = ()) -> AnySequenceStats:
-        """Statistics of the sequences in `rows`; with shared (S,), also of so many of their first tokens."""
-        ends = rows.ends if shared is None else rows.split_ends(shared)
-        stats = linear_sequence_stats(
-            self.hidden, self.weight, rows.labels, self.bias, cu_seqlens=ends, extras=extras, lora=self.lora,
-            **self.options,
-        )  # fmt: skip
-        return stats if shared is None else _joined(stats)
-
-    def stats_beside(
-        self, reference: "_Head", rows: Rows, shared: Tensor | None, extras: tuple[str, ...]
-    ) -> tuple[AnySequenceStats, ...]:
-        """Its statistics, with extras, and the reference's; in one pass where both have the same head."""
-        if not self._joins(reference):
-            return self.stats(rows, shared, extras), reference.stats(rows, shared)
-        ends = rows.ends if shared is None else rows.split_ends(shared)
-        found = joint_linear_sequence_stats(
-            self.hidden, reference.hidden, self.weight, rows.labels, self.bias, cu_seqlens=ends, extras=extras,
-            **self.options,
-        )  # fmt: skip
-        return tuple(stats if shared is None else _joined(stats) for stats in (found.policy, found.reference))
-
-    def tokens(self, rows: Rows) -> TokenStats:
-        """Statistics (K,) of what each row predicts."""
-        return linear_logps(self.hidden, self.weight, rows.labels, self.bias, lora=self.lora, **self.options)
-
-    def tokens_beside(self, reference: "_Head", rows: Rows) -> tuple[TokenStats, TokenStats]:
-        """Its statistics and the reference's, as `stats_beside`."""
-        if not self._joins(reference):
-            return self.tokens(rows), reference.tokens(rows)
-        joint = joint_linear_logps(self.hidden, reference.hidden, self.weight, rows.labels, self.bias, **self.options)
-        return joint.policy, joint.reference
-
-    def _joins(self, reference: "_Head") -> bool:
-        """Whether one pass over the head can serve both."""
-        return self.weight is reference.weight and self.bias is reference.bias and self.lora is None
-
-
 def _stats_forward(
     lm: Any, batch: dict[str, Tensor], wanted: Wanted, prompt: Mapping[str, Tensor], others: dict[str, Any]
 ) -> StatsOutput:
@@ -325,12 +203,12 @@ def _side_stats(
         raise ValueError("tokens and values must be asked of a padded batch (completion_mask), got one with paths")
     rows = responses(batch)
     found: dict[str, Tensor] = {}
-    reference: _Head | None = None
+    reference: LMHead | None = None
     if wanted.reference:
         # First, so that its activations are gone before the policy's come.
         with as_reference(lm):
             hidden = _hidden_states(lm, batch, others)
-            reference = _Head.of(lm, rows.of(hidden), wanted.temperature)
+            reference = LMHead.of(lm, rows.of(hidden), wanted.temperature)
             found |= _prompt_features(lm, hidden, batch, features, wanted.prompt_rows)
             features = ()
             if wanted.one_side_at_a_time:  # whose policy is run twice
@@ -339,7 +217,7 @@ def _side_stats(
 
     def policy() -> dict[str, Tensor]:
         hidden = _hidden_states(lm, batch, others)
-        head = _Head.of(lm, rows.of(hidden), wanted.temperature)
+        head = LMHead.of(lm, rows.of(hidden), wanted.temperature)
         own = _token_fields(head, reference, rows) if wanted.tokens else _fields(head, reference, rows, shared, wanted)
         if wanted.variance:
             own["mean"], own["variance"] = lm.disco_head(hidden.flatten(0, 1)[rows.last])
@@ -368,7 +246,7 @@ def _hidden_states(lm: Any, batch: Mapping[str, Tensor], others: dict[str, Any])
 
 
 def _fields(
-    head: _Head, reference: _Head | None, rows: Rows, shared: Tensor | None, wanted: Wanted
+    head: LMHead, reference: LMHead | None, rows: Rows, shared: Tensor | None, wanted: Wanted
 ) -> dict[str, Tensor]:
     """Fields of `StatsOutput` of sequences, of a policy's head and of a reference's beside it."""
     if reference is None:
@@ -377,7 +255,7 @@ def _fields(
     return _named(stats) | _of_reference(beside)
 
 
-def _token_fields(head: _Head, reference: _Head | None, rows: Rows) -> dict[str, Tensor]:
+def _token_fields(head: LMHead, reference: LMHead | None, rows: Rows) -> dict[str, Tensor]:
     """The same with those of tokens, of which those of sequences are made."""
     if reference is None:
         stats, beside = head.tokens(rows), None
@@ -417,18 +295,6 @@ def _of_reference(stats: AnySequenceStats) -> dict[str, Tensor]:
     return {f"ref_{name}": value for name, value in _named(stats).items() if name != "lengths"}
 
 
-def _joined(parts: AnySequenceStats) -> ExtendedSequenceStats:
-    """Statistics of rows from those of their two parts."""
-    lengths = parts.lengths.view(-1, 2).sum(dim=1)
-    entropy = (parts.entropy * parts.lengths).view(-1, 2).sum(dim=1) / lengths.clamp(min=1)
-    logps, found = parts.logps.view(-1, 2), _named(parts)
-    sums = {name: found[name].view(-1, 2).sum(dim=1) for name in _SUMMED if name in found}
-    return ExtendedSequenceStats(logps.sum(dim=1), lengths, entropy, shared_logps=logps[:, 0], **sums)
-
-
-_SUMMED = ("log_sum_sq_probs", "top1", "mean_logits")
-
-
 @torch.no_grad()
 def _prompt_features(
     lm: Any, hidden: Tensor, batch: Mapping[str, Tensor], names: tuple[str, ...], count: int
@@ -442,7 +308,7 @@ def _prompt_features(
     if "hidden" in names:
         found["prompt_hidden"] = hidden.flatten(0, 1)[take[last]]
     if "perplexity" in names or "entropy" in names:
-        head = _Head.of(lm, hidden.flatten(0, 1)[take])
+        head = LMHead.of(lm, hidden.flatten(0, 1)[take])
         # The last token of the prompt predicts none of it, but its entropy counts: any label will do there.
         labels = batch["input_ids"].flatten()[take].roll(-1)
         logps, entropy = linear_logps(head.hidden, head.weight, labels, head.bias, lora=head.lora, **head.options)

@@ -22,8 +22,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from fastpo.adapters import check_adapter
 from fastpo.architecture import add_heads, add_value_head, check_optimizer, heads_of, with_new_adapter, without_heads
-from fastpo.backbone import StatsOutput, Wanted, causal_lm, head_shape, install_stats_forward, model_stats
+from fastpo.backbone import StatsOutput, Wanted, causal_lm, install_stats_forward, model_stats
 from fastpo.generation import check_positions
+from fastpo.lm_head import head_shape
 from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
 from fastpo.losses import spread
 from fastpo.policy_gradient import gae, group_advantages, token_kl, token_rewards, whitened

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.adapters import as_reference
-from fastpo.backbone import Wanted, causal_lm, head_shape, install_stats_forward, model_stats
+from fastpo.backbone import Wanted, causal_lm, install_stats_forward, model_stats
 from fastpo.data import Text
 from fastpo.heads import BetaHead
+from fastpo.lm_head import head_shape
 from fastpo.tokenization import encode_prompt
 
 

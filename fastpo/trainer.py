@@ -14,9 +14,10 @@ from fastpo.adapters import check_adapter, has_reference_adapter
 from fastpo.architecture import add_heads, check_optimizer, with_new_adapter, without_heads
 from fastpo.arguments import PreferenceTrainingArguments
 from fastpo.attention import use_path_attention
-from fastpo.backbone import causal_lm, head_shape, install_stats_forward, model_stats
+from fastpo.backbone import causal_lm, install_stats_forward, model_stats
 from fastpo.callbacks import RunawayBeta
 from fastpo.collation import PreferenceCollator
+from fastpo.lm_head import head_shape
 from fastpo.loading import copied_reference, disable_dropout, load_models, prepare_reference
 from fastpo.loss_inputs import check_reads_column
 from fastpo.pair_trainer import PairTrainer

@@ -12,7 +12,7 @@ from tiny import tiny_args, tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastpo import PreferenceTrainer, backbone
+from fastpo import PreferenceTrainer, lm_head
 from fastpo.adapters import add_reference_adapter, as_reference, without_reference_adapter
 from fastpo.from_recipe import build_model, build_peft_config
 from fastpo.recipe import RecipeArguments
@@ -248,8 +248,8 @@ def test_a_reference_that_would_move_is_warned_of(tmp_path: Path, caplog: pytest
 def test_layers_alone_share_one_pass_over_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("linear_sequence_stats", "joint_linear_sequence_stats"):
-        op = getattr(backbone, name)
-        monkeypatch.setattr(backbone, name, lambda *a, op=op, name=name, **k: (calls.append(name), op(*a, **k))[1])
+        op = getattr(lm_head, name)
+        monkeypatch.setattr(lm_head, name, lambda *a, op=op, name=name, **k: (calls.append(name), op(*a, **k))[1])
     for kind in ("layers alone", "head alone"):
         trainer = trainer_for(tmp_path, config=lora(**HEADED[kind]))
         trainer.loss_output(trainer.model.train(), batch_of(trainer)).loss.backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from fastpo import PreferenceConfig, backbone
+from fastpo import PreferenceConfig, lm_head
 from fastpo.adapters import add_reference_adapter, check_adapter
 from fastpo.architecture import add_heads, add_value_head, heads_of, load_heads
 from fastpo.backbone import StatsOutput, Wanted, install_stats_forward, model_stats
@@ -137,13 +137,13 @@ def test_policy_and_reference_share_one_pass_where_they_share_the_head(
 ) -> None:
     seen: list[str] = []
     for name, function in (("joint", "joint_linear_logps"), ("single", "linear_logps")):
-        plain = getattr(backbone, function)
+        plain = getattr(lm_head, function)
 
         def spying(*args: Any, name: str = name, plain: Any = plain, **kwargs: Any) -> Any:
             seen.append(name)
             return plain(*args, **kwargs)
 
-        monkeypatch.setattr(backbone, function, spying)
+        monkeypatch.setattr(lm_head, function, spying)
     model_stats(lora_model([target]), padded_batch(), Wanted(tokens=True, reference=True))
     assert seen == passes
 

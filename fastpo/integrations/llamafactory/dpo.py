@@ -8,9 +8,10 @@ from transformers import Trainer
 
 from fastpo.adapters import check_adapter
 from fastpo.architecture import add_heads
-from fastpo.backbone import causal_lm, head_shape, install_stats_forward
+from fastpo.backbone import causal_lm, install_stats_forward
 from fastpo.callbacks import Memory, Meter, RunawayBeta
 from fastpo.integrations.llamafactory.batches import check_text, preference_batch
+from fastpo.lm_head import head_shape
 from fastpo.loading import keep_statistics_exact
 from fastpo.objective_trainer import TrainsObjective
 from fastpo.reference_model import Reference
