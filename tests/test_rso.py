@@ -336,6 +336,11 @@ def test_killed_anywhere_and_resumed_the_files_are_identical(tmp_path: Path, com
     assert int(done.stdout) > {"rso": 20, "rerank": 5}[command] + 5  # so many rows, and what opens and renames files
 
 
+def test_a_provenance_that_is_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl.provenance.json").write_text("{")
+    assert "bad.jsonl.provenance.json must be JSON" in complaint("rso", tmp_path, scored_rows(2), capsys)
+
+
 def test_a_begun_file_wants_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("rso", tmp_path, scored_rows())
     (tmp_path / "out.jsonl").rename(tmp_path / "out.jsonl.partial")
