@@ -58,7 +58,9 @@ def true_reward(prompts: Sequence[Any], completions: Sequence[Any], **columns: A
 
 
 def _reward(question: str, response: str) -> int:
-    asked = next(topic for topic in TOPICS if topic in question)
+    asked = next((topic for topic in TOPICS if topic in question), None)
+    if asked is None:
+        raise ValueError(f"prompts must be questions of graded_responses, got {question!r}")
     total = 0
     for sign, openings, closings in _SIDES:
         total += sign * any(closing in response for closing in closings)

@@ -58,8 +58,11 @@ def function_rewards(
     Raises:
         ValueError: it answers with another number of rewards, or with one that is not a finite number.
     """
-    rewards = list(function(prompts=list(prompts), completions=list(completions), **columns))
+    answer = function(prompts=list(prompts), completions=list(completions), **columns)
     name = getattr(function, "__name__", repr(function))
+    if not hasattr(answer, "__iter__"):
+        raise ValueError(f"reward_funcs {name} must give a list of rewards, got {shown(answer)}")
+    rewards = list(answer)
     if len(rewards) != len(completions):
         raise ValueError(
             f"reward_funcs {name} must give one reward for each of {len(completions)} completions (dataset rows "

@@ -110,11 +110,18 @@ def is_empty(response: Text) -> bool:
 
 
 def origin(path: str | Path) -> dict[str, Any]:
-    """What a file is and how it came to be, for the provenance of what is made of it: path, sha256, its provenance."""
+    """What a file is and how it came to be, for the provenance of what is made of it: path, sha256, its provenance.
+
+    Raises:
+        ValueError: the provenance beside it cannot be read.
+    """
     path = Path(path)
     with path.open("rb") as file:
         found: dict[str, Any] = {"path": str(path), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     beside = path.with_name(f"{path.name}.provenance.json")
     if beside.is_file():
-        found["provenance"] = json.loads(beside.read_text())
+        try:
+            found["provenance"] = json.loads(beside.read_text())
+        except ValueError as error:
+            raise ValueError(f"{beside} must be JSON, got what cannot be read: {error}") from None
     return found

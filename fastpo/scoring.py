@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from fastpo.architecture import load_heads
 from fastpo.backbone import causal_lm
-from fastpo.data import Text, common_beginning
+from fastpo.data import BadRowError, Text, common_beginning
 from fastpo.reward_loading import load_reward_model
 from fastpo.reward_model import check_reward_model, install_reward_forward, install_score_forward
 from fastpo.tokenization import encode_completion
@@ -83,7 +83,7 @@ class RewardModel:
 
         Raises:
             ValueError: there are not as many completions as prompts.
-            BadRowError: as `fastpo.tokenization.encode_completion`.
+            BadRowError: as `fastpo.tokenization.encode_completion`; or more tokens than the model has positions.
         """
         if len(prompts) != len(completions):
             raise ValueError(f"completions must be one of each prompt ({len(prompts)}), got {len(completions)}")
@@ -99,11 +99,17 @@ class RewardModel:
 
     def _encode(self, prompt: Text, completion: Text) -> list[int]:
         prompt_ids, whole = encode_completion(prompt, completion, self.tokenizer)
-        if self.max_length is None:
-            return whole
-        length = common_beginning(prompt_ids, whole)  # as `tokenize_pair` cuts
-        room = max(self.max_length - (len(whole) - length), self.max_length // 2, 1)
-        return whole[max(length - room, 0) :][: self.max_length]
+        if self.max_length is not None:
+            length = common_beginning(prompt_ids, whole)  # as `tokenize_pair` cuts
+            room = max(self.max_length - (len(whole) - length), self.max_length // 2, 1)
+            whole = whole[max(length - room, 0) :][: self.max_length]
+        positions = getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and len(whole) > positions:
+            raise BadRowError(
+                f"prompt and completion of {len(whole)} tokens must fit into the reward model's {positions} positions: "
+                f"lower max_length, got {self.max_length}"
+            )
+        return whole
 
     def _batch(self, rows: list[list[int]]) -> dict[str, Tensor]:
         """Padded on the right; the mask says where."""

@@ -1,6 +1,7 @@
 """What the commands that tilt pi_ref by exp(r / beta) share: arguments, the beta of each prompt, how they write."""
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from fastpo.prompt_beta import PromptScaler
 from fastpo.rejection_sampling import check_beta
 from fastpo.resumable import ResumableJsonl, check_one_process, check_output_file
 from fastpo.scored import Scored, origin, read_scored
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ def begin(command: str, arguments: TiltArguments) -> ResumableJsonl:
     """
     check_one_process(command)
     check_output_file(arguments.output_file)
-    for _ in read_scored(arguments.dataset):
-        pass
+    own = [row.beta is not None for row in read_scored(arguments.dataset)]
+    if any(own):
+        logger.warning("%d of %d prompts have a beta of their own, which wins", sum(own), len(own))
     packages = ("fastpo", "torch") if arguments.beta_head else ("fastpo",)
     made = provenance(command, arguments, packages, source=origin(arguments.dataset))
     return ResumableJsonl(arguments.output_file, made)

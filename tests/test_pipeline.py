@@ -72,6 +72,8 @@ def test_the_true_reward() -> None:
     assert reward(asked, "For brewing brewing my advice is to everyone has a view and none is wrong.") == 0
     assert reward(asked, "For brewing tea my advice") == 0
     assert reward(asked, "") == 0
+    with pytest.raises(ValueError, match="must be questions of graded_responses"):
+        reward("Why?", "For brewing tea")
 
 
 def test_responses_are_mixed_and_labels_follow_bradley_and_terry() -> None:

@@ -227,6 +227,15 @@ def test_a_beta_head_makes_beta_of_each_prompt(tmp_path: Path) -> None:
     assert [row["beta"] for row in best] == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.parametrize("command", ["rso", "rerank"])
+def test_betas_of_an_earlier_round_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture, command: str) -> None:
+    """Prompts that are taken from the pairs of `fastpo rso` come with the beta of then."""
+    run(command, tmp_path, scored_rows(3))
+    assert "of their own" not in caplog.text
+    run(command, tmp_path, scored_rows(3, beta=[0.5, None, 0.5]), name="again", beta=0.1)
+    assert "2 of 3 prompts have a beta of their own, which wins" in caplog.text
+
+
 # --- what comes after and before --------------------------------------------------------------------------------------
 
 
@@ -334,6 +343,11 @@ def test_killed_anywhere_and_resumed_the_files_are_identical(tmp_path: Path, com
     done = subprocess.run(script, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > {"rso": 20, "rerank": 5}[command] + 5  # so many rows, and what opens and renames files
+
+
+def test_a_provenance_that_is_damaged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl.provenance.json").write_text("{")
+    assert "bad.jsonl.provenance.json must be JSON" in complaint("rso", tmp_path, scored_rows(2), capsys)
 
 
 def test_a_begun_file_wants_the_same_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,18 @@ def test_of_a_prompt_too_long_the_end_is_read(tmp_path: Path, causal: str) -> No
         assert cut._encode(words, said) == tokens["prompt_ids"] + tokens["chosen_ids"]
 
 
+def test_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    config = tiny_model("gpt2", num_labels=1).config
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    said = ["word " * 200], [" A drink."]
+    with pytest.raises(
+        BadRowError, match=r"must fit into the reward model's 128 positions: lower max_length, got 1024"
+    ):
+        RewardModel(tmp_path).score(*said)
+    assert RewardModel(tmp_path, max_length=128).score(*said).mean.isfinite().all()
+
+
 def test_without_a_pad_token(tmp_path: Path) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.pad_token = None
