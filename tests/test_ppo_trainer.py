@@ -427,6 +427,16 @@ def test_rewards_of_a_reward_model(reward_models: Callable[[str], str], tmp_path
     assert "rewards/scalar/mean" in rolled["metrics"] and "sigma/mean" not in rolled["metrics"]
 
 
+def test_a_reward_model_that_cannot_read_messages_is_named(
+    reward_models: Callable[[str], str], tmp_path: Path
+) -> None:
+    source = RewardModel(reward_models("scalar"))
+    source.tokenizer.chat_template = None
+    told = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Why read a map"}]]})
+    with pytest.raises(ValueError, match="reward model scalar cannot score: the chat template cannot render it"):
+        ppo(tmp_path, data=told, reward_funcs=source).train()
+
+
 def test_gaussian_rewards_pay_for_their_deviation(reward_models: Callable[[str], str], tmp_path: Path) -> None:
     model = RewardModel(reward_models("gaussian"))
     rolled = [
