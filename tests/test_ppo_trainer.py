@@ -379,6 +379,15 @@ def test_reward_functions_see_prompts_completions_and_columns_in_the_form_of_the
     assert seen["prompts"][0] in PROMPTS and isinstance(seen["completions"][0], str)
 
 
+def test_a_column_of_completions_is_not_what_a_function_gets(tmp_path: Path) -> None:
+    def looking(completions: list[str], completion_ids: list[Any], **columns: Any) -> list[float]:
+        assert "theirs" not in completions and len(completion_ids[0]) == 4
+        return [0.0] * len(completions)
+
+    named = {name: ["theirs"] * 8 for name in ("prompts", "completions", "completion_ids")}
+    ppo(tmp_path, reward_funcs=looking, data=prompts(**named)).train()
+
+
 def test_rewards_are_weighed_and_may_be_none(tmp_path: Path) -> None:
     def sometimes(prompts: list[str], **columns: Any) -> list[float | None]:
         return [10.0 if prompt == PROMPTS[0] else None for prompt in prompts]
