@@ -91,12 +91,16 @@ class RewardSum:
             index: numbers of the dataset rows, for errors.
 
         Raises:
-            ValueError: as `function_rewards`, where None is allowed; or a completion has no reward at all.
+            ValueError: as `function_rewards`, where None is allowed; as `RewardModel.score`; or a completion has no
+                reward at all.
         """
         parts, sigmas = {}, []
         for name, source in self.sources.items():
             if isinstance(source, RewardModel):
-                mean, variance = source.score(prompts, completions)
+                try:
+                    mean, variance = source.score(prompts, completions)
+                except ValueError as error:
+                    raise ValueError(f"reward model {name} cannot score: {error}") from error
                 if variance is not None:
                     sigmas.append(variance.sqrt())
                     mean = risk_adjusted(mean, variance, self.risk_aversion)

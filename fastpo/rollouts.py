@@ -93,8 +93,9 @@ class Drawn(NamedTuple):
     texts: list[Text]
 
     def columns(self) -> dict[str, list[Any]]:
-        """Further columns of the dataset, for reward functions."""
-        names = [name for name in self.rows[0] if name not in ("prompt", "prompt_ids")]
+        """Further columns of the dataset, for reward functions, but for those named like what they are given anyway."""
+        own = ("prompt", "prompt_ids", "prompts", "completions", "completion_ids")
+        names = [name for name in self.rows[0] if name not in own]
         return {name: [row[name] for row in self.rows] for name in names}
 
 

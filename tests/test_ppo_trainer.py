@@ -379,6 +379,15 @@ def test_reward_functions_see_prompts_completions_and_columns_in_the_form_of_the
     assert seen["prompts"][0] in PROMPTS and isinstance(seen["completions"][0], str)
 
 
+def test_a_column_of_completions_is_not_what_a_function_gets(tmp_path: Path) -> None:
+    def looking(completions: list[str], completion_ids: list[Any], **columns: Any) -> list[float]:
+        assert "theirs" not in completions and "theirs" not in completion_ids
+        return [0.0] * len(completions)
+
+    named = {name: ["theirs"] * 8 for name in ("prompts", "completions", "completion_ids")}
+    ppo(tmp_path, reward_funcs=looking, data=prompts(**named)).train()
+
+
 def test_rewards_are_weighed_and_may_be_none(tmp_path: Path) -> None:
     def sometimes(prompts: list[str], **columns: Any) -> list[float | None]:
         return [10.0 if prompt == PROMPTS[0] else None for prompt in prompts]
@@ -425,6 +434,16 @@ def test_rewards_of_a_reward_model(reward_models: Callable[[str], str], tmp_path
     wanted = RewardModel(reward_models("scalar")).score(asked, said).mean
     torch.testing.assert_close(rolled["rewards"], wanted)
     assert "rewards/scalar/mean" in rolled["metrics"] and "sigma/mean" not in rolled["metrics"]
+
+
+def test_a_reward_model_that_cannot_read_messages_is_named(
+    reward_models: Callable[[str], str], tmp_path: Path
+) -> None:
+    source = RewardModel(reward_models("scalar"))
+    source.tokenizer.chat_template = None
+    told = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Why read a map"}]]})
+    with pytest.raises(ValueError, match="reward model scalar cannot score: the chat template cannot render it"):
+        ppo(tmp_path, data=told, reward_funcs=source).train()
 
 
 def test_gaussian_rewards_pay_for_their_deviation(reward_models: Callable[[str], str], tmp_path: Path) -> None:
