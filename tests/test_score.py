@@ -369,8 +369,10 @@ def test_what_the_template_cannot_render_names_its_rows(
     rows[3]["responses"][0] = asked("not the assistant")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([*argv, "--reward_model", str(models["scalar"])]) == 1
-    assert "dataset rows 5 to 6: a completion must start with the assistant's message" in capsys.readouterr().err
-    assert len((tmp_path / "scored.jsonl.partial").read_bytes().splitlines()) == 2
+    assert "row 6: a completion must start with the assistant's message" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert main([*argv, "--reward_model", str(models["scalar"]), "--skip_bad_rows"]) == 0
+    assert [row["index"] for row in written(tmp_path)] == [row["index"] for row in rows if row["index"] != 6]
 
 
 def test_bad_rows_can_be_left_out(argv: list[str], data: Path, tmp_path: Path) -> None:
