@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,8 @@ def test_functions_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "scorers" / "long.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass F:\n  x: int = 1"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)  # which an installed command does not look into
     assert load_reward_function("scorers.long:F")().x == 1
     assert load_reward_function(f"{tmp_path / 'scorers' / 'long.py'}:F")().x == 1
     (tmp_path / "broken.py").write_text("import nowhere_at_all")
