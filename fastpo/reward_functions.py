@@ -8,6 +8,7 @@ answer with as many numbers. A function that does not read all columns takes **k
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,16 @@ RewardFunction = Callable[..., Sequence[float | None]]
 def load_reward_function(name: str) -> RewardFunction:
     """The function called ``package.module:function`` or ``path/to/file.py:function``.
 
+    Modules are looked for in the working directory too, where an installed command would not look.
+
     Raises:
         ValueError: there is none of that name; the file, or the module, cannot be imported.
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise ValueError(f"reward_funcs must be package.module:function or path/to/file.py:function, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # whatever the module's own code raises

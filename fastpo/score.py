@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from fastpo.config import option
-from fastpo.data import BadRowError, Text, read_dataset
+from fastpo.data import Text, read_dataset
 from fastpo.file_commands import DTYPES, check_fields, provenance, write_batches
 from fastpo.fingerprint import model_fingerprint, rows_fingerprint
 from fastpo.resumable import check_one_process, check_output_file
 from fastpo.reward_functions import function_rewards, load_reward_function
-from fastpo.score_forms import Form, find_score_form, usable_rows
+from fastpo.score_forms import Form, Said, find_score_form, usable_rows
 from fastpo.scoring import RewardModel
 
 # What of a row a reward function does not get as a further column.
@@ -56,10 +56,12 @@ class Scorer(NamedTuple):
         score: N prompts, N completions, further columns by name, N dataset rows -> N rewards and, of Gaussian ones,
             N deviations, else None.
         depends_on: what the rewards depend on beside the arguments.
+        check: prompt, completion -> nothing; raises `BadRowError` for what it cannot read.
     """
 
     score: Callable[..., tuple[list[float], list[float] | None]]
     depends_on: dict[str, Any]
+    check: Callable[[Text, Text], Any]
 
 
 def run(arguments: Arguments) -> str:
@@ -74,8 +76,9 @@ def run(arguments: Arguments) -> str:
     rows = read_dataset(arguments.dataset, arguments.dataset_split)
     form = find_score_form(rows.column_names, arguments.dataset)
     rows = usable_rows(rows, form, arguments.dataset, arguments.skip_bad_rows)
-    fingerprint = rows_fingerprint(rows)
     scorer = _of_function(arguments.reward_funcs) if arguments.reward_funcs else _of_model(arguments)
+    rows = usable_rows(rows, _checked(form, scorer), arguments.dataset, arguments.skip_bad_rows)
+    fingerprint = rows_fingerprint(rows)
     source = provenance(
         "fastpo score", arguments, ("fastpo", "torch", "transformers"),
         dataset_fingerprint=fingerprint, **scorer.depends_on,
@@ -92,7 +95,7 @@ def run(arguments: Arguments) -> str:
 
 def _of_function(name: str) -> Scorer:
     function = load_reward_function(name)
-    return Scorer(lambda *said: (function_rewards(function, *said), None), {})
+    return Scorer(lambda *said: (function_rewards(function, *said), None), {}, lambda *_: None)
 
 
 def _of_model(arguments: Arguments) -> Scorer:
@@ -101,21 +104,30 @@ def _of_model(arguments: Arguments) -> Scorer:
         arguments.reward_model, batch_size=arguments.batch_size, max_length=arguments.max_length, dtype=arguments.dtype
     )
     depends_on = {"model_fingerprint": model_fingerprint(model.model), "device": str(model.model.device)}
-    return Scorer(partial(_model_rewards, model), depends_on)
+    return Scorer(partial(_model_rewards, model), depends_on, model.encode)
 
 
 def _model_rewards(
     model: RewardModel, prompts: list[Text], completions: list[Text], columns: Mapping[str, Any], index: list[int]
 ) -> tuple[list[float], list[float] | None]:
-    try:
-        mean, variance = model.score(prompts, completions)
-    except BadRowError as error:
-        raise ValueError(f"dataset rows {index[0]} to {index[-1]}: {error}") from error
+    mean, variance = model.score(prompts, completions)
     rewards, variances = mean.tolist(), None if variance is None else variance.tolist()
     for row, *values in zip(index, rewards, variances or rewards, strict=True):
         if not all(map(math.isfinite, values)):
             raise ValueError(f"reward_model must give finite rewards, got {values[0]} for dataset row {row}")
     return rewards, None if variances is None else list(map(math.sqrt, variances))
+
+
+def _checked(form: Form, scorer: Scorer) -> Form:
+    """The form, of rows that the scorer can read."""
+
+    def read(row: Mapping[str, Any]) -> Said:
+        said = form.read(row)
+        for completion in said.completions:
+            scorer.check(said.prompt, completion)
+        return said
+
+    return form._replace(read=read)
 
 
 def _scored(batch: Sequence[Mapping[str, Any]], form: Form, scorer: Scorer) -> list[dict[str, Any]]:

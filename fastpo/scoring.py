@@ -87,7 +87,7 @@ class RewardModel:
         """
         if len(prompts) != len(completions):
             raise ValueError(f"completions must be one of each prompt ({len(prompts)}), got {len(completions)}")
-        rows = [self._encode(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
+        rows = [self.encode(prompt, said) for prompt, said in zip(prompts, completions, strict=True)]
         mean, variance = torch.empty(len(rows)), torch.empty(len(rows))
         for first in range(0, len(rows), self.batch_size):
             part = slice(first, first + self.batch_size)
@@ -97,7 +97,12 @@ class RewardModel:
                 variance[part] = answer["variance"].float().cpu()
         return Rewards(mean, variance if self.gaussian else None)
 
-    def _encode(self, prompt: Text, completion: Text) -> list[int]:
+    def encode(self, prompt: Text, completion: Text) -> list[int]:
+        """Token ids of a prompt and a completion, as `score` reads them.
+
+        Raises:
+            BadRowError: as `score`.
+        """
         prompt_ids, whole = encode_completion(prompt, completion, self.tokenizer)
         if self.max_length is not None:
             length = common_beginning(prompt_ids, whole)  # as `tokenize_pair` cuts

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,8 @@ def test_functions_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "scorers" / "long.py").write_text(
         "from dataclasses import dataclass\n@dataclass\nclass F:\n  x: int = 1"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.chdir(tmp_path)  # which an installed command does not look into
     assert load_reward_function("scorers.long:F")().x == 1
     assert load_reward_function(f"{tmp_path / 'scorers' / 'long.py'}:F")().x == 1
     (tmp_path / "broken.py").write_text("import nowhere_at_all")
@@ -369,8 +371,10 @@ def test_what_the_template_cannot_render_names_its_rows(
     rows[3]["responses"][0] = asked("not the assistant")
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main([*argv, "--reward_model", str(models["scalar"])]) == 1
-    assert "dataset rows 5 to 6: a completion must start with the assistant's message" in capsys.readouterr().err
-    assert len((tmp_path / "scored.jsonl.partial").read_bytes().splitlines()) == 2
+    assert "row 6: a completion must start with the assistant's message" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert main([*argv, "--reward_model", str(models["scalar"]), "--skip_bad_rows"]) == 0
+    assert [row["index"] for row in written(tmp_path)] == [row["index"] for row in rows if row["index"] != 6]
 
 
 def test_bad_rows_can_be_left_out(argv: list[str], data: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def test_of_a_prompt_too_long_the_end_is_read(tmp_path: Path, causal: str) -> No
     saved(tmp_path / "run", causal)
     whole, cut = RewardModel(tmp_path / "run"), RewardModel(tmp_path / "run", max_length=24)
     completion = " A drink."
-    room = 24 - len(whole._encode("x", completion)) + len(tiny_tokenizer()("x")["input_ids"])
+    room = 24 - len(whole.encode("x", completion)) + len(tiny_tokenizer()("x")["input_ids"])
     words = "word " * 40 + "?"
     kept = tiny_tokenizer().decode(tiny_tokenizer()(words)["input_ids"][-room:])
     torch.testing.assert_close(cut.score([words], [completion]).mean, whole.score([kept], [completion]).mean)
@@ -81,7 +81,7 @@ def test_of_a_prompt_too_long_the_end_is_read(tmp_path: Path, causal: str) -> No
     # As in training, of a pair whose responses are equally long.
     for said in (completion, " A drink" * 20):
         tokens = tokenize_pair(Pair(words, said, said), tiny_tokenizer(), 24)
-        assert cut._encode(words, said) == tokens["prompt_ids"] + tokens["chosen_ids"]
+        assert cut.encode(words, said) == tokens["prompt_ids"] + tokens["chosen_ids"]
 
 
 def test_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
