@@ -35,7 +35,7 @@ def commands(folder: Path) -> list[list[str]]:
         )
         stand_in.chmod(0o755)
     env = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    subprocess.run([SCRIPT, folder / "out", "0.02"], cwd=ROOT, env=env, check=True)
+    subprocess.run([SCRIPT, folder / "the out", "0.02"], cwd=ROOT, env=env, check=True)
     return [shlex.split(line) for line in log.read_text().splitlines()]
 
 
@@ -49,9 +49,9 @@ def test_every_command_of_the_script(tmp_path: Path, monkeypatch: pytest.MonkeyP
             continue
         small = SMALL.get(arguments[0], []) + (SMALL_PPO if "ppo.yaml" in arguments[1] else [])
         assert main([*arguments, *small]) == 0, arguments
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    report = json.loads((tmp_path / "the out" / "report.json").read_text())
     assert list(report) == ["sft", "best_of_4", "dpo", "rso_dpo", "ppo", "ppo_disco"]
-    assert (tmp_path / "out" / "pipeline.png").stat().st_size > 10_000
+    assert (tmp_path / "the out" / "pipeline.png").stat().st_size > 10_000
 
 
 def test_an_output_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:

@@ -13,26 +13,27 @@ python "$here/make_data.py" "$out/data" "${2:-1}"
 
 # 1. A model that speaks, and two models of what people prefer.
 fastpo train "$here/sft.yaml" --dataset "$out/data/responses.jsonl" --output_dir "$out/sft"
-rm="$here/rm.yaml --model_name_or_path $out/sft --dataset $out/data/preferences.jsonl --eval_dataset $out/data/held_out.jsonl"
-fastpo train $rm --output_dir "$out/rm"
-fastpo train $rm --output_dir "$out/rm_disco" --add_disco_head true --pref_loss_type disco \
+rm=("$here/rm.yaml" --model_name_or_path "$out/sft"
+    --dataset "$out/data/preferences.jsonl" --eval_dataset "$out/data/held_out.jsonl")
+fastpo train "${rm[@]}" --output_dir "$out/rm"
+fastpo train "${rm[@]}" --output_dir "$out/rm_disco" --add_disco_head true --pref_loss_type disco \
     --disco_prior_weight 0.1
 
 # 2. Preferences as people gave them.
-dpo="$here/dpo.yaml --model_name_or_path $out/sft"
-fastpo train $dpo --dataset "$out/data/preferences.jsonl" --output_dir "$out/dpo"
+dpo=("$here/dpo.yaml" --model_name_or_path "$out/sft")
+fastpo train "${dpo[@]}" --dataset "$out/data/preferences.jsonl" --output_dir "$out/dpo"
 
 # 3. Preferences of the model's own responses, by rejection sampling.
 fastpo sample --model_name_or_path "$out/sft" --dataset "$out/data/prompts.jsonl" --output_file "$out/candidates.jsonl" \
     --num_generations 16 --max_completion_length 48 --batch_size 16
 fastpo score --reward_model "$out/rm" --dataset "$out/candidates.jsonl" --output_file "$out/scored.jsonl"
 fastpo rso --dataset "$out/scored.jsonl" --output_file "$out/rso_pairs.jsonl" --beta 0.5
-fastpo train $dpo --dataset "$out/rso_pairs.jsonl" --output_dir "$out/rso_dpo" --num_train_epochs 3
+fastpo train "${dpo[@]}" --dataset "$out/rso_pairs.jsonl" --output_dir "$out/rso_dpo" --num_train_epochs 3
 
 # 4. On-policy, against the scalar rewards and against the Gaussian ones, which are sure of some and not of others.
-ppo="$here/ppo.yaml --model_name_or_path $out/sft --dataset $out/data/prompts.jsonl"
-fastpo train $ppo --reward_model "$out/rm" --output_dir "$out/ppo"
-fastpo train $ppo --reward_model "$out/rm_disco" --risk_aversion 0.5 --output_dir "$out/ppo_disco"
+ppo=("$here/ppo.yaml" --model_name_or_path "$out/sft" --dataset "$out/data/prompts.jsonl")
+fastpo train "${ppo[@]}" --reward_model "$out/rm" --output_dir "$out/ppo"
+fastpo train "${ppo[@]}" --reward_model "$out/rm_disco" --risk_aversion 0.5 --output_dir "$out/ppo_disco"
 
 # 5. What it came to, on held-out prompts, by the true reward that no model has seen.
 for model in sft dpo rso_dpo ppo ppo_disco; do
