@@ -2,6 +2,7 @@
 # sft -> rm -> sample -> score -> rso -> dpo, and sft -> rm -> ppo, of a tiny model on a CPU, in minutes.
 # From the repository's root, in an environment that has fastpo:  examples/pipeline/run.sh [OUTPUT_DIR [SCALE]]
 set -euo pipefail
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # for so small a model, threads that wait for one another cost more than they do
 out=${1:-runs/pipeline}
 here=$(dirname "$0")
 if [ -e "$out" ]; then
