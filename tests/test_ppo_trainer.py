@@ -436,9 +436,7 @@ def test_rewards_of_a_reward_model(reward_models: Callable[[str], str], tmp_path
     assert "rewards/scalar/mean" in rolled["metrics"] and "sigma/mean" not in rolled["metrics"]
 
 
-def test_a_reward_model_that_cannot_read_messages_is_named(
-    reward_models: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_a_reward_model_that_cannot_read_messages_is_named(reward_models: Callable[[str], str], tmp_path: Path) -> None:
     source = RewardModel(reward_models("scalar"))
     source.tokenizer.chat_template = None
     told = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Why read a map"}]]})
@@ -570,6 +568,10 @@ def not_finite(completions: list[str], **columns: Any) -> list[float]:
     return [math.nan] * len(completions)
 
 
+def nothing(**columns: Any) -> None:
+    """A function whose return was forgotten."""
+
+
 def none_of_it(completions: list[str], **columns: Any) -> list[None]:
     return [None] * len(completions)
 
@@ -578,11 +580,12 @@ def none_of_it(completions: list[str], **columns: Any) -> list[None]:
     ("rewards", "words"),
     [
         (counted(3), ["rewards", "16 completions", "got 3"]),
+        (nothing, ["reward_funcs nothing must give a list of numbers, got None"]),
         (not_finite, ["not_finite", "finite", "nan", "row"]),
         (none_of_it, ["none_of_it", "at least one reward", "rows [0, 1, 2, 3]"]),
         ([none_of_it, odd, none_of_it], None),
     ],
-    ids=["count", "nan", "none", "some"],
+    ids=["count", "nothing", "nan", "none", "some"],
 )
 def test_bad_rewards_are_named(rewards: Any, words: list[str] | None, tmp_path: Path) -> None:
     trainer = ppo(tmp_path, reward_funcs=rewards, data=prompts().select(range(4)))
