@@ -10,7 +10,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,12 @@ def function_rewards(
         some: it may answer None where it does not apply, which becomes NaN.
 
     Raises:
-        ValueError: it answers with another number of rewards, or with one that is not a finite number.
+        ValueError: it answers with no list, with another number of rewards, or with one that is not a finite number.
     """
     answer = function(prompts=list(prompts), completions=list(completions), **columns)
     name = getattr(function, "__name__", repr(function))
-    if not hasattr(answer, "__iter__"):
-        raise ValueError(f"reward_funcs {name} must give a list of rewards, got {shown(answer)}")
+    if not isinstance(answer, Iterable):
+        raise ValueError(f"reward_funcs {name} must give a list of numbers, got {shown(answer)}")
     rewards = list(answer)
     if len(rewards) != len(completions):
         raise ValueError(

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_model, tiny_pairs, tiny_tokenizer
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 
 from fastpo import PPOTrainer, PPOTrainingArguments, load_heads
 from fastpo.architecture import attach_head, heads_of
@@ -244,6 +245,98 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path) -> N
     assert output.loss.item() == pytest.approx(logged(trainer, "loss")[0], abs=1e-5)
 
 
+class Watching(TrainerCallback):
+    """Keeps the gradients of each step, and the weights that they were taken at."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+def discounted(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages of one completion, from its end on; 0 outside."""
+    found, later, value = torch.zeros_like(rewards), 0.0, 0.0
+    for t in mask.nonzero().flatten().flip(0).tolist():
+        later = float(rewards[t]) + gamma * value - float(values[t]) + gamma * lam * later
+        found[t], value = later, float(values[t])
+    return found
+
+
+def test_the_second_step_on_rollouts_is_that_of_the_formulas_on_full_logits(tmp_path: Path) -> None:
+    """With every argument away from its default, and completions of several lengths."""
+    scales, model = [1.0, 2.0] * 4, tiny_model()
+    model.generation_config.eos_token_id = list(range(60))
+    trainer = ppo(
+        tmp_path, model, data=prompts(beta_scale=scales), advantage="gae", temperature=1.7, epsilon=0.02,
+        epsilon_high=0.05, gamma=0.9, lam=0.8, vf_coef=0.3, kl_estimator="k3", kl_target=0.2, max_prompt_length=2,
+        num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=8, max_completion_length=8,
+        optim="sgd", learning_rate=0.5, max_grad_norm=0.0, ref_model=tiny_model(seed=4), **LEARNED,
+        beta_schedule={"points": [[0, 0.5], [1, 0.1]]},
+    )  # fmt: skip
+    watching = Watching()
+    trainer.add_callback(watching)
+    trainer.train()
+    rollouts = trainer._rollouts
+    assert rollouts is not None and len({int(n) for b in rollouts for n in b["completion_mask"].sum(dim=1)}) > 3
+    masks = [batch["completion_mask"].bool() for batch in rollouts]
+    betas = [0.5 * torch.tensor(scales)[batch["index"]] for batch in rollouts]
+
+    advantages, returns = [], []
+    for batch, mask, beta in zip(rollouts, masks, betas, strict=True):
+        assert (batch["attention_mask"] - batch["completion_mask"]).sum(dim=1).max() == 2
+        difference = batch["ref_logps"] - batch["old_logps"]
+        rewards = -(beta * batch["log_s"].exp())[:, None] * (difference.exp() - 1 - difference)
+        last = mask.long().cumsum(dim=1) == mask.sum(dim=1, keepdim=True)
+        rewards += (last & mask) * batch["rewards"][:, None]
+        rows = zip(rewards, batch["token_values"], mask, strict=True)
+        advantages.append(torch.stack([discounted(*row, gamma=0.9, lam=0.8) for row in rows]))
+        returns.append(advantages[-1] + batch["token_values"])
+    every = torch.cat([x[mask] for x, mask in zip(advantages, masks, strict=True)])
+    advantages = [(x - every.mean()) / every.std(correction=0) for x in advantages]
+
+    lm = trainer.model
+    lm.load_state_dict(watching.weights[1])
+    lm.zero_grad()
+    total, clipped = torch.zeros(()), {False: 0, True: 0}
+    for batch, mask, beta, a, to_come in zip(rollouts, masks, betas, advantages, returns, strict=True):
+        found = lm(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
+        logps = (found.logits / 1.7).log_softmax(-1)[:, :-1].gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
+        logps, values = (F.pad(x, (1, 0)) for x in (logps, lm.value_head.linear(found.hidden_states[-1])[:, :-1, 0]))
+        ratio = (logps - batch["old_logps"]).exp()
+        for up in clipped:
+            clipped[up] += int(((ratio > 1.05) & (a > 0) if up else (ratio < 0.98) & (a < 0))[mask].sum())
+        losses = -torch.minimum(ratio * a, ratio.clamp(0.98, 1.05) * a) + 0.3 * (values - to_come).square() / 2
+        total = total + losses[mask].sum() / len(every)
+        s = lm.beta_head(**batch["prompt"])
+        total = total - (s * beta * (batch["kl"].sum(dim=1) - 0.2)).sum() / 16
+    assert min(clipped.values()) > 0
+    total.backward()
+    wanted = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
+    assert wanted.keys() == watching.gradients[1].keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(watching.gradients[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_reference_with_dropout_answers_without(tmp_path: Path) -> None:
+    trainer = ppo(tmp_path, tiny_model("gpt2"), ref_model=tiny_model("gpt2", resid_pdrop=0.5).train())
+    batches = [trainer.roll_out(list(trainer.train_dataset)[:2], 2, seed=0) for _ in range(2)]
+    assert torch.equal(batches[0]["ref_logps"], batches[1]["ref_logps"])
+    assert batches[0]["kl"].abs().max() < 1e-5
+
+
+def test_prompts_come_in_the_order_that_is_asked_for(tmp_path: Path) -> None:
+    def order(**fields: Any) -> list[int]:
+        trainer = ppo(tmp_path, **fields)
+        return [row["index"] for batch in trainer.get_train_dataloader() for row in batch]
+
+    assert order(train_sampling_strategy="sequential") == list(range(8))
+    assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) != order(seed=2)
+
+
 def test_rollouts_are_used_num_iterations_times(tmp_path: Path) -> None:
     calls = []
 
@@ -436,9 +529,7 @@ def test_rewards_of_a_reward_model(reward_models: Callable[[str], str], tmp_path
     assert "rewards/scalar/mean" in rolled["metrics"] and "sigma/mean" not in rolled["metrics"]
 
 
-def test_a_reward_model_that_cannot_read_messages_is_named(
-    reward_models: Callable[[str], str], tmp_path: Path
-) -> None:
+def test_a_reward_model_that_cannot_read_messages_is_named(reward_models: Callable[[str], str], tmp_path: Path) -> None:
     source = RewardModel(reward_models("scalar"))
     source.tokenizer.chat_template = None
     told = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Why read a map"}]]})
@@ -570,6 +661,10 @@ def not_finite(completions: list[str], **columns: Any) -> list[float]:
     return [math.nan] * len(completions)
 
 
+def nothing(**columns: Any) -> None:
+    """A function whose return was forgotten."""
+
+
 def none_of_it(completions: list[str], **columns: Any) -> list[None]:
     return [None] * len(completions)
 
@@ -578,11 +673,12 @@ def none_of_it(completions: list[str], **columns: Any) -> list[None]:
     ("rewards", "words"),
     [
         (counted(3), ["rewards", "16 completions", "got 3"]),
+        (nothing, ["reward_funcs nothing must give a list of numbers, got None"]),
         (not_finite, ["not_finite", "finite", "nan", "row"]),
         (none_of_it, ["none_of_it", "at least one reward", "rows [0, 1, 2, 3]"]),
         ([none_of_it, odd, none_of_it], None),
     ],
-    ids=["count", "nan", "none", "some"],
+    ids=["count", "nothing", "nan", "none", "some"],
 )
 def test_bad_rewards_are_named(rewards: Any, words: list[str] | None, tmp_path: Path) -> None:
     trainer = ppo(tmp_path, reward_funcs=rewards, data=prompts().select(range(4)))

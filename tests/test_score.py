@@ -305,7 +305,7 @@ def test_killed_and_resumed_the_file_is_the_same(
         ("infinite", 2, "reward_funcs infinite must give finite numbers, got inf for dataset row 5"),
         ("none", 2, "reward_funcs none must give finite numbers, got None for dataset row 5"),
         ("fails", 0, "the judge is ill"),
-        ("forgets", 0, "reward_funcs forgets must give a list of rewards, got None"),
+        ("forgets", 0, "reward_funcs forgets must give a list of numbers, got None"),
         ("of_text:x", None, "cannot be imported"),
         ("number", None, "reward_funcs must name a function"),
     ],
