@@ -55,6 +55,9 @@ class PPOFields(SamplingFields):  # type: ignore[misc, valid-type]
     gamma: float = option(1.0, "Discount per token, of advantage gae.")
     lam: float = option(0.95, "lambda of advantage gae.")
     vf_coef: float = option(0.1, "Weight of the value head's loss, with advantage gae.")
+    cliprange_value: float | None = option(
+        None, "With advantage gae: how far a value counts to have moved since the completions were drawn; none: freely."
+    )
     kl_estimator: str = option("k1", "KL to the reference per token: k1 (log pi - log ref), or k3 (never negative).")
     kl_target: float | None = option(
         None, "With beta_mode dynamic_scaling: train s(x) until each prompt has this KL; none: s(x) is frozen."
@@ -94,7 +97,7 @@ class PPOFields(SamplingFields):  # type: ignore[misc, valid-type]
                     f"num_generations must be >= 2 with advantage={self.advantage!r}, which compares the completions "
                     f"of a prompt, got {self.num_generations}"
                 )
-            for name in ("gamma", "lam", "vf_coef"):
+            for name in ("gamma", "lam", "vf_coef", "cliprange_value"):
                 self._check_default(name, "advantage='gae'")
         sources = len(self.reward_funcs or []) + (self.reward_model is not None)
         if self.reward_weights is not None and sources and len(self.reward_weights) != sources:
@@ -111,7 +114,7 @@ class PPOFields(SamplingFields):  # type: ignore[misc, valid-type]
             raise ValueError(f"{name} is read with {owner} alone: leave it at its default, got {getattr(self, name)!r}")
 
     def _check_numbers(self) -> None:
-        positive = ("epsilon", "epsilon_high", "kl_target")
+        positive = ("epsilon", "epsilon_high", "kl_target", "cliprange_value")
         for name in (*positive, "vf_coef", "risk_aversion"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and (value > 0 if name in positive else value >= 0)):

@@ -280,6 +280,7 @@ class PPOTrainer(StageTrainer):
             policy["token_logps"], inputs["old_logps"], inputs["advantages"], inputs["loss_mask"], epsilon=args.epsilon,
             epsilon_high=args.epsilon_high, kl=inputs["kl"], values=policy.token_values,
             old_values=inputs.get("token_values"), returns=inputs.get("returns"), vf_coef=args.vf_coef,
+            vf_epsilon=args.cliprange_value,
             beta=inputs["base_beta"], log_s=inputs.get("log_s") if policy.log_s is None else policy.log_s,
             s_max=head.s_max, kl_target=args.kl_target, totals=totals,
         )  # fmt: skip

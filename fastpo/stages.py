@@ -157,7 +157,6 @@ def ppo_stage(
     *,
     epsilon: float,
     epsilon_high: float | None = None,
-    entropy: Tensor | None = None,
     kl: Tensor | None = None,
     values: Tensor | None = None,
     old_values: Tensor | None = None,
@@ -178,7 +177,6 @@ def ppo_stage(
     Args:
         logps: (R, T) log-prob of each token under the policy, differentiable.
         old_logps, advantages, mask, epsilon, epsilon_high: as in `clipped_loss`.
-        entropy: (R, T) of each token's distribution, for the metrics.
         kl: (R, T) of each token when it was sampled, as of `token_kl`; for the metrics and the dual loss, which reads
             it outside the mask too.
         values: (R, T) of the value head, differentiable; None: advantages come from groups.
@@ -209,9 +207,8 @@ def ppo_stage(
         **spread("beta", (torch.zeros_like(logps[:, 0]) if log_s is None else log_s.detach()).exp() * beta),
         **({} if log_s is None else _spread_of_s(log_s, s_max)),
     }
-    for name, tokens in (("kl", kl), ("entropy", entropy)):
-        if tokens is not None:
-            metrics[name] = torch.where(kept, tokens, 0).sum() / count
+    if kl is not None:
+        metrics["kl"] = torch.where(kept, kl, 0).sum() / count
     if values is not None:
         if old_values is None or returns is None:
             raise ValueError("values must come with old_values and returns, got None")

@@ -224,7 +224,7 @@ def test_nothing_to_learn_from() -> None:
     advantages = group_advantages(rewards, mask, 2, "grpo")
     output = ppo_stage(
         logps, logps.detach(), advantages, mask, epsilon=0.2, beta=0.1, kl=torch.ones(4, 3), values=logps,
-        old_values=logps.detach(), returns=gae(rewards, logps, mask, 1.0, 0.95)[1], entropy=torch.ones(4, 3),
+        old_values=logps.detach(), returns=gae(rewards, logps, mask, 1.0, 0.95)[1],
     )  # fmt: skip
     output.loss.backward()
     assert output.loss == 0 and not logps.grad.any() and not output.losses.any()
@@ -294,7 +294,7 @@ def ragged_step(seed: int = 0) -> dict[str, Any]:
     """Arguments of `ppo_stage`, 6 rows."""
     rng = torch.Generator().manual_seed(seed)
     mask = (torch.arange(5) < torch.tensor([5, 1, 3, 0, 2, 4])[:, None]).long()
-    names = ("logps", "old_logps", "advantages", "entropy", "kl", "values", "old_values", "returns")
+    names = ("logps", "old_logps", "advantages", "kl", "values", "old_values", "returns")
     found = {name: 0.5 * torch.randn(6, 5, generator=rng, dtype=torch.float64) for name in names}
     log_s = torch.randn(6, generator=rng, dtype=torch.float64)
     return {**found, "mask": mask, "log_s": log_s}
@@ -338,7 +338,7 @@ def test_what_the_stage_reports() -> None:
     metrics = output.metrics
     want = {
         "policy_loss": policy[kept].mean(), "value_loss": values[kept].mean(), "dual_loss": dual.mean(),
-        "kl": given["kl"][kept].mean(), "entropy": given["entropy"][kept].mean(), "clip_ratio/region_mean": share,
+        "kl": given["kl"][kept].mean(), "clip_ratio/region_mean": share,
         "beta/mean": (0.1 * given["log_s"].exp()).mean(), "log_s/mean": given["log_s"].mean(),
     }  # fmt: skip
     for name, value in want.items():

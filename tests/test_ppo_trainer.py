@@ -272,7 +272,8 @@ def test_the_second_step_on_rollouts_is_that_of_the_formulas_on_full_logits(tmp_
     model.generation_config.eos_token_id = list(range(60))
     trainer = ppo(
         tmp_path, model, data=prompts(beta_scale=scales), advantage="gae", temperature=1.7, epsilon=0.02,
-        epsilon_high=0.05, gamma=0.9, lam=0.8, vf_coef=0.3, kl_estimator="k3", kl_target=0.2, max_prompt_length=2,
+        epsilon_high=0.05, gamma=0.9, lam=0.8, vf_coef=0.3, cliprange_value=0.01, kl_estimator="k3", kl_target=0.2,
+        max_prompt_length=2,
         num_iterations=2, gradient_accumulation_steps=2, per_device_train_batch_size=8, max_completion_length=8,
         optim="sgd", learning_rate=0.5, max_grad_norm=0.0, ref_model=tiny_model(seed=4), **LEARNED,
         beta_schedule={"points": [[0, 0.5], [1, 0.1]]},
@@ -301,7 +302,7 @@ def test_the_second_step_on_rollouts_is_that_of_the_formulas_on_full_logits(tmp_
     lm = trainer.model
     lm.load_state_dict(watching.weights[1])
     lm.zero_grad()
-    total, clipped = torch.zeros(()), {False: 0, True: 0}
+    total, clipped, moved = torch.zeros(()), {False: 0, True: 0}, 0
     for batch, mask, beta, a, to_come in zip(rollouts, masks, betas, advantages, returns, strict=True):
         found = lm(batch["input_ids"], batch["attention_mask"], output_hidden_states=True)
         logps = (found.logits / 1.7).log_softmax(-1)[:, :-1].gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
@@ -309,11 +310,14 @@ def test_the_second_step_on_rollouts_is_that_of_the_formulas_on_full_logits(tmp_
         ratio = (logps - batch["old_logps"]).exp()
         for up in clipped:
             clipped[up] += int(((ratio > 1.05) & (a > 0) if up else (ratio < 0.98) & (a < 0))[mask].sum())
-        losses = -torch.minimum(ratio * a, ratio.clamp(0.98, 1.05) * a) + 0.3 * (values - to_come).square() / 2
+        near = batch["token_values"] + (values - batch["token_values"]).clamp(-0.01, 0.01)
+        errors = torch.maximum((values - to_come).square(), (near - to_come).square())
+        moved += int((near != values)[mask].sum())
+        losses = -torch.minimum(ratio * a, ratio.clamp(0.98, 1.05) * a) + 0.3 * errors / 2
         total = total + losses[mask].sum() / len(every)
         s = lm.beta_head(**batch["prompt"])
         total = total - (s * beta * (batch["kl"].sum(dim=1) - 0.2)).sum() / 16
-    assert min(clipped.values()) > 0
+    assert min(clipped.values()) > 0 and moved > 0
     total.backward()
     wanted = {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}
     assert wanted.keys() == watching.gradients[1].keys()
