@@ -21,13 +21,13 @@ def add_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool) -> A
     """The model in a new adapter.
 
     Raises:
-        ValueError: it has one in its layers already, as a model loaded from the folder of an adapter has, which the new
-            one would overwrite.
+        ValueError: it has one already, possibly in its layers alone, as a model loaded from the folder of an adapter
+            has, which the new one would overwrite.
     """
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if hasattr(model, "disable_adapter") or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             "peft_config must be None for a model that already has an adapter, whose place the new one would take: "
             "merge it into the model first (a recipe: its model, and the adapter under merge_adapters)"

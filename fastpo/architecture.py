@@ -86,12 +86,10 @@ def with_new_adapter(model: Any, peft_config: Any, gradient_checkpointing: bool)
     """A model in a new adapter, which leaves its heads alone; without a config the model as it is.
 
     Raises:
-        ValueError: it has an adapter already.
+        ValueError: as `add_adapter`.
     """
     if peft_config is None:
         return model
-    if hasattr(model, "disable_adapter"):
-        raise ValueError("peft_config must be None for a model that already has an adapter")
     with without_heads(model):
         return add_adapter(model, peft_config, gradient_checkpointing)
 
