@@ -1,5 +1,6 @@
 """Rows of tokenised pairs into batches: padded, or laid end to end without padding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -41,7 +42,7 @@ class PreferenceCollator:
         elif self.padding_free:
             tokens = _packed(prompts, responses)
         else:
-            tokens = _padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of or 1)
+            tokens = padded(prompts, responses, self.pad_token_id, self.pad_to_multiple_of or 1)
         own = {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float32)
             for name in (*NUMBER_COLUMNS, *VECTOR_COLUMNS)
@@ -63,8 +64,17 @@ class PreferenceCollator:
         return shared <= (1 - WORTH_SHARING) * otherwise
 
 
-def _padded(prompts: list[list[int]], responses: list[list[list[int]]], pad: int, multiple: int) -> dict[str, Tensor]:
-    """Prompt + response, padded on the right."""
+def padded(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[Sequence[int]]], pad: int, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Prompt + response, padded on the right: input_ids, attention_mask, completion_mask, each (R, T) int64.
+
+    Args:
+        prompts: token ids of B prompts.
+        responses: of each side, token ids of its B responses; R rows in all, side by side. They may be empty.
+        pad: fills the padding.
+        multiple: what T is a multiple of.
+    """
     pairs = [(prompt, response) for side in responses for prompt, response in zip(prompts, side, strict=True)]
     width = max(len(prompt) + len(response) for prompt, response in pairs)
     shape = (len(pairs), -(-width // multiple) * multiple)

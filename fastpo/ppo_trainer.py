@@ -32,7 +32,7 @@ from fastpo.ppo_arguments import PPOTrainingArguments
 from fastpo.reference_model import Reference
 from fastpo.reward_functions import load_reward_function
 from fastpo.rewards import RewardSource, RewardSum
-from fastpo.rollouts import BETA_SCALE, PromptSampler, draw, padded, rollout_seed, tokenized_prompts
+from fastpo.rollouts import BETA_SCALE, PromptSampler, batch_of, draw, rollout_seed, tokenized_prompts
 from fastpo.stage_trainer import StageTrainer, check_vocabulary, use_one_gpu
 from fastpo.stages import ppo_stage
 from fastpo.types import LossOutput, StepTotals
@@ -196,7 +196,7 @@ class PPOTrainer(StageTrainer):
         try:
             with self.accelerator.autocast():
                 drawn = draw(self.model, rows, self.processing_class, args.sampling, generations=generations, seed=seed)
-                batch: dict[str, Any] = padded(drawn, args.device)
+                batch: dict[str, Any] = batch_of(drawn, args.device)
                 policy, ref_logps, prompt = self._known(batch)
         finally:
             self.model.train(training)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastpo.adapters import as_reference
 from fastpo.backbone import Wanted, causal_lm, install_stats_forward, model_stats
+from fastpo.collation import padded
 from fastpo.data import Text
 from fastpo.heads import BetaHead
 from fastpo.lm_head import head_shape
@@ -50,14 +51,8 @@ def prompt_scales(
 
 
 def _batch(prompt_ids: Sequence[Sequence[int]], pad_token_id: int, device: Any) -> dict[str, Tensor]:
-    """Prompts without a response, padded on the right."""
-    shape = (len(prompt_ids), max(map(len, prompt_ids)))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    for i, ids in enumerate(prompt_ids):
-        input_ids[i, : len(ids)] = torch.tensor(ids)
-        mask[i, : len(ids)] = 1
-    batch = {"input_ids": input_ids, "attention_mask": mask, "completion_mask": torch.zeros_like(mask)}
+    """Prompts without a response."""
+    batch = padded(prompt_ids, [[[]] * len(prompt_ids)], pad_token_id)
     return {name: x.to(device) for name, x in batch.items()}
 
 

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from fastpo.collation import padded
 from fastpo.data import Text
 from fastpo.generation import Completion, Sampling, generate, said
 from fastpo.ppo_arguments import PPOTrainingArguments
@@ -121,16 +122,8 @@ def draw(
     return Drawn(repeated, completions, texts)
 
 
-def padded(drawn: Drawn, device: Any) -> dict[str, Tensor]:
+def batch_of(drawn: Drawn, device: Any) -> dict[str, Tensor]:
     """input_ids, attention_mask, completion_mask (R, T) int64, padded on the right with 0, and index (R,)."""
-    pairs = [(row["prompt_ids"], tokens.ids) for row, tokens in zip(drawn.rows, drawn.completions, strict=True)]
-    ids = torch.zeros((len(pairs), max(len(prompt) + len(tokens) for prompt, tokens in pairs)), dtype=torch.long)
-    attention, completion = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, (prompt, tokens) in enumerate(pairs):
-        end = len(prompt) + len(tokens)
-        ids[row, :end] = torch.tensor([*prompt, *tokens])
-        attention[row, :end] = 1
-        completion[row, len(prompt) : end] = 1
-    index = torch.tensor([row["index"] for row in drawn.rows])
-    batch = {"input_ids": ids, "attention_mask": attention, "completion_mask": completion, "index": index}
+    tokens = padded([row["prompt_ids"] for row in drawn.rows], [[one.ids for one in drawn.completions]], pad=0)
+    batch = tokens | {"index": torch.tensor([row["index"] for row in drawn.rows])}
     return {name: x.to(device) for name, x in batch.items()}

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from fastpo.architecture import load_heads
 from fastpo.backbone import causal_lm
+from fastpo.collation import padded
 from fastpo.data import BadRowError, Text, common_beginning
 from fastpo.reward_loading import load_reward_model
 from fastpo.reward_model import check_reward_model, install_reward_forward, install_score_forward
@@ -118,9 +119,5 @@ class RewardModel:
 
     def _batch(self, rows: list[list[int]]) -> dict[str, Tensor]:
         """Padded on the right; the mask says where."""
-        ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        batch = padded(rows, [[[]] * len(rows)], pad=0)
+        return {name: batch[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
