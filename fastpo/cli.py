@@ -1,4 +1,4 @@
-"""The `fastpo` command: train, eval, sample, score, rso, rerank, plan, explain, methods, demo."""
+"""The `fastpo` command: train, eval, sample, score, rso, rerank, compare, report, plan, explain, methods, demo."""
 
 import argparse
 import importlib
@@ -23,6 +23,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: bad usage (2), SIGTERM (143).
     """
+    parser = _parser()
+    arguments, overrides = parser.parse_known_args(argv)
+    command = arguments.command
+    if overrides and command in WITHOUT_OVERRIDES:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    logging.basicConfig(level=logging.INFO, format="fastpo: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    if command in WITHOUT_OVERRIDES:
+        return WITHOUT_OVERRIDES[command](arguments)
+    if command == "plan":
+        return _plan(arguments, overrides)
+    if command in FILE_COMMANDS:
+        return _reporting_bad_input(lambda: _from_file_to_file(command, overrides))
+    return {"train": _train, "eval": _eval, "explain": _explain}[command](arguments.recipe, overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastpo", description="Preference optimisation without logits in memory.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
@@ -41,25 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     planned.add_argument("--gpu", help="a card by its name instead, such as RTX-4090, A100-80GB or H100")
     planned.add_argument("--cpu", action="store_true", help="plan for training on a CPU")
     planned.add_argument("--from_data", action="store_true", help="take the rows' lengths from the dataset")
+    text = "run a study, methods x data x seeds, as a plan says, and report; goes on where it was stopped"
+    compared = commands.add_parser("compare", help=text, description=text, allow_abbrev=False)
+    compared.add_argument("plan", help="YAML file, see docs/laboratory.md")
+    compared.add_argument("--output_dir", help="where results go (default: the plan's)")
+    compared.add_argument("--processes", type=int, help="at once (default: the plan's)")
+    compared.add_argument("--seeds", type=_seeds, help="how many, or a list such as 3,4,5 (default: the plan's)")
+    compared.add_argument("--data", type=_names, help="names of the plan's data, with commas (default: all)")
+    compared.add_argument("--methods", type=_names, help="names of the plan's methods, with commas (default: all)")
+    text = "remake a study's report from its results"
+    reported = commands.add_parser("report", help=text, description=text, allow_abbrev=False)
+    reported.add_argument("folder", metavar="DIR", help="the output_dir of a fastpo compare")
     commands.add_parser("methods", help="list the presets: formula, source and settings")
     demo = commands.add_parser("demo", help="sft and dpo of a tiny Qwen3 on generated data, in minutes on a CPU")
     demo.add_argument("--output_dir", default="runs/demo")
-    arguments, overrides = parser.parse_known_args(argv)
-    if overrides and arguments.command in ("demo", "methods"):
-        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
-    logging.basicConfig(level=logging.INFO, format="fastpo: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    if arguments.command == "demo":
-        from fastpo.demo import run_demo
-
-        return _reporting_bad_input(lambda: run_demo(arguments.output_dir))
-    if arguments.command == "methods":
-        return _methods()
-    if arguments.command == "plan":
-        return _plan(arguments, overrides)
-    if arguments.command in FILE_COMMANDS:
-        return _reporting_bad_input(lambda: _from_file_to_file(arguments.command, overrides))
-    return {"train": _train, "eval": _eval, "explain": _explain}[arguments.command](arguments.recipe, overrides)
+    return parser
 
 
 def _train(path: str, overrides: list[str]) -> int:
@@ -125,6 +138,38 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return _reporting_bad_input(print_plan)
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    from fastpo.demo import run_demo
+
+    return _reporting_bad_input(lambda: run_demo(arguments.output_dir))
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from fastpo.lab.compare import RunsFailedError, compare
+
+    named = {name: getattr(arguments, name) for name in ("output_dir", "processes", "seeds", "data", "methods")}
+    try:
+        return _reporting_bad_input(lambda: print(compare(arguments.plan, **named)))
+    except RunsFailedError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        return _complain(KeyboardInterrupt("interrupted; the same command goes on")) + 129
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from fastpo.lab.report import make_report
+
+    return _reporting_bad_input(lambda: print(*make_report(arguments.folder), sep="\n"))
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
+
+
+def _seeds(text: str) -> int | list[int]:
+    return [int(part) for part in text.split(",")] if "," in text else int(text)
+
+
 def _from_file_to_file(command: str, argv: list[str]) -> None:
     from fastpo.yaml_arguments import parse_arguments
 
@@ -145,7 +190,7 @@ def _tell_translation(path: str, overrides: list[str], training: bool = False) -
         print(f"{translation.report}\n")
 
 
-def _methods() -> int:
+def _methods(arguments: argparse.Namespace) -> int:
     from fastpo.methods import METHODS
 
     print("preset: NAME in a recipe, or PreferenceConfig.preset(NAME). b: beta, h: difference of log-ratios,")
@@ -169,6 +214,14 @@ def _complain(error: BaseException) -> int:
     print(f"fastpo: error: {' '.join(str(error).split())}", file=sys.stderr)
     return 1
 
+
+# Commands whose arguments are all known.
+WITHOUT_OVERRIDES: dict[str, Callable[[argparse.Namespace], int]] = {
+    "demo": _demo,
+    "methods": _methods,
+    "compare": _compare,
+    "report": _report,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

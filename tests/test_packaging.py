@@ -149,6 +149,11 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "yaml"},
     ),
     "fastpo.integrations.llamafactory_recipes.datasets": ({"fastpo.data"}, {"datasets", "numpy"}),
+    "fastpo.lab.kinds": (set(), set()),
+    "fastpo.lab.planted_text": ({"fastpo.lab.kinds"}, set()),
+    "fastpo.lab.planted_items": ({"fastpo.lab.kinds"}, {"torch"}),
+    "fastpo.lab.statistics": (set(), {"scipy"}),
+    "fastpo.lab.measures": ({"fastpo.calibration", "fastpo.lab.kinds"}, {"rouge_score", "sacrebleu", "scipy", "torch"}),
 }
 # name -> the modules that may import it
 ONLY_FROM: dict[str, tuple[str, ...]] = {
@@ -156,6 +161,10 @@ ONLY_FROM: dict[str, tuple[str, ...]] = {
     "fastpo.reference": ("fastpo.ops",),
     "fastpo.integrations": ("fastpo.integrations", "fastpo.from_recipe", "fastpo.recipe"),
     "fastpo.integrations.llamafactory": ("fastpo.integrations.llamafactory",),
+    "fastpo.lab": ("fastpo.lab", "fastpo.cli"),
+    "scipy": ("fastpo.lab",),
+    "sacrebleu": ("fastpo.lab",),
+    "rouge_score": ("fastpo.lab",),
     "llamafactory": ("fastpo.integrations.llamafactory",),
     "trl": ("fastpo.integrations", "bench"),
     "vllm": ("fastpo.vllm_backend",),
@@ -173,6 +182,8 @@ NEVER_REACHES: dict[str, tuple[str, ...]] = {
     "fastpo.policy_gradient": HUGGING_FACE,
     "fastpo.stages": HUGGING_FACE,
     "fastpo.memory": HUGGING_FACE,
+    "fastpo.lab.report": HUGGING_FACE,
+    "fastpo.lab.recommender": HUGGING_FACE,
     "fastpo": ("bench", "tests"),
 }
 

@@ -9,7 +9,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence, Sized
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 Response = TypeVar("Response", bound=Sized)
 
@@ -79,7 +79,20 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be an integer >= 1, got {size!r}")
 
 
-def check_length_bias(length_bias: float) -> None:
-    """Raise ValueError for a length_bias that is no probability."""
-    if not 0 <= length_bias <= 1:
-        raise ValueError(f"length_bias must be in [0, 1], got {length_bias!r}")
+def check_probability(name: str, value: Any) -> None:
+    """Raise ValueError for a value that is no probability."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value!r}")
+
+
+def as_flips(value: Any) -> tuple[float, ...]:
+    """Flip probabilities, from a tuple or, as YAML writes it, a list.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"flips must be a list of probabilities, got {value!r}")
+    for flip in value:
+        check_probability("flips", flip)
+    return tuple(value)

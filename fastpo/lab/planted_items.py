@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastpo.lab.kinds import FLIPS, Kind, check_length_bias, check_sizes, draw_pair, make_kinds, rater_agrees
+from fastpo.lab.kinds import FLIPS, Kind, as_flips, check_probability, check_sizes, draw_pair, make_kinds, rater_agrees
 
 GROUPS = ("readers", "gamers", "cooks", "runners", "travellers", "parents", "students", "collectors")
 FEATURES, TASTES = 32, 8
@@ -82,11 +82,11 @@ class PlantedItems:
     length_bias: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "flips", tuple(self.flips))
+        object.__setattr__(self, "flips", as_flips(self.flips))
         check_sizes(train_pairs=self.train_pairs, held_out_pairs=self.held_out_pairs, logged_slates=self.logged_slates)
         if self.items < 2:
             raise ValueError(f"items must be >= 2, got {self.items!r}")
-        check_length_bias(self.length_bias)
+        check_probability("length_bias", self.length_bias)
         _ = self.kinds
 
     @cached_property

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastpo.lab.kinds import FLIPS, Kind, check_length_bias, check_sizes, draw_pair, make_kinds, rater_agrees
+from fastpo.lab.kinds import FLIPS, Kind, as_flips, check_probability, check_sizes, draw_pair, make_kinds, rater_agrees
 
 FIELDS = {
     "kitchen": ("baking bread", "brewing tea", "cooking rice"),
@@ -68,13 +68,16 @@ class PlantedText:
     length_bias: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "flips", tuple(self.flips))  # a list, as YAML writes it
+        object.__setattr__(self, "flips", as_flips(self.flips))
         check_sizes(
-            train_pairs=self.train_pairs, held_out_pairs=self.held_out_pairs, base_responses=self.base_responses
+            train_pairs=self.train_pairs,
+            held_out_pairs=self.held_out_pairs,
+            base_responses=self.base_responses,
+            words=self.words,
         )
         if not 2 <= self.words <= len(VOCABULARY):
             raise ValueError(f"words must be in [2, {len(VOCABULARY)}], got {self.words!r}")
-        check_length_bias(self.length_bias)
+        check_probability("length_bias", self.length_bias)
         _ = self.kinds  # which checks the flips
 
     @cached_property

@@ -1,0 +1,118 @@
+"""`fastpo compare`: run a study's plan, going on where it was stopped, and report."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from fastpo.files import replacing
+from fastpo.from_recipe import check_output_dir
+from fastpo.lab.jobs import RESULT, Job, Outcome, base_folder, do_all
+from fastpo.lab.language import check_recipe, is_ready
+from fastpo.lab.report import make_report
+from fastpo.lab.study import Run, Study, read_study
+
+logger = logging.getLogger(__name__)
+
+
+class RunsFailedError(RuntimeError):
+    """Some of a study's runs failed; the others are done and reported."""
+
+
+def compare(plan: str, **overrides: Any) -> str:
+    """Run what is left of a plan, and write its report; returns what to print.
+
+    Args:
+        overrides: as in `read_study`.
+
+    Raises:
+        ValueError, TypeError: the plan, or what its output_dir holds already, is not as it must be; before any run.
+        RunsFailedError: see there.
+    """
+    study = read_study(plan, **overrides)
+    check_output_dir(study.output_dir)
+    folder, runs = Path(study.output_dir), study.runs()
+    left = [run for run in runs if not _is_done(study, run)]
+    _check_recipes(study)
+    with replacing(folder / "study.json") as path:
+        path.write_text(json.dumps(study.describe(), indent=2) + "\n")
+    logger.info("%s: %d runs, of which %d are done already", folder, len(runs), len(runs) - len(left))
+    failed = _do(study, _bases(study, left), "base models")
+    failed |= _do(study, [Job(*run) for run in left if Job(run.data, None, run.seed) not in failed], "runs")
+    if failed:
+        job, why = next(iter(failed.items()))
+        message = f"{len(failed)} jobs failed, and are tried again by the same command; the first, {job}: {why}"
+        with contextlib.suppress(ValueError):  # nothing to report at all
+            make_report(folder)
+        raise RunsFailedError(message)
+    return f"{len(runs)} runs in {folder}; report: {make_report(folder)[0]}"
+
+
+def _is_done(study: Study, run: Run) -> bool:
+    """Whether its result is there.
+
+    Raises:
+        ValueError: it is that of other settings.
+    """
+    path = Path(study.output_dir) / run.path / RESULT
+    if not path.exists():
+        return False
+    try:
+        before = json.loads(path.read_text())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} must be a run's result, got something else ({error}): delete it") from None
+    now = json.loads(json.dumps(study.settings(run)))
+    differing = sorted(_differing(before, now))
+    if differing:
+        raise ValueError(
+            f"output_dir {study.output_dir!r} holds {run.path} with another {', '.join(differing)}: "
+            "name another output_dir, or delete that run"
+        )
+    return True
+
+
+def _differing(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return [
+            found for key in keys for found in _differing(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if before == now else [name]
+
+
+def _check_recipes(study: Study) -> None:
+    """Every method of every data set is parsed as a recipe before anything is trained."""
+    for run in study.runs():
+        if run.seed == study.seeds[0] and study.data[run.data].task != "items":
+            try:
+                check_recipe(study, run, Path(study.output_dir))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"data {run.data}, method {run.method}: {error}") from None
+
+
+def _bases(study: Study, runs: Sequence[Run]) -> list[Job]:
+    """Those that the runs start from, once each."""
+    wanted = {Job(run.data, None, run.seed): None for run in runs if study.data[run.data].task != "items"}
+    return [job for job in wanted if not is_ready(study, job.data, job.seed, base_folder(study, job.data, job.seed))]
+
+
+def _do(study: Study, jobs: Sequence[Job], what: str) -> dict[Job, str]:
+    """Do jobs under a bar of progress; returns why those failed that did."""
+    failed: dict[Job, str] = {}
+    if not jobs:
+        return failed
+    with tqdm(total=len(jobs), desc=what, unit="run") as bar:
+
+        def done(outcome: Outcome) -> None:
+            bar.update()
+            bar.set_postfix_str(str(outcome.job))
+            if outcome.error is not None:
+                failed[outcome.job] = outcome.error
+                logger.warning("%s failed: %s", outcome.job, outcome.error)
+
+        do_all(study, jobs, done)
+    return failed

@@ -1,0 +1,185 @@
+"""A study's jobs: base models and runs, in this process or in several, none done twice, each whole or not there."""
+
+import contextlib
+import fcntl
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpo.files import replacing
+from fastpo.lab.study import Run, Study, item_settings
+
+RESULT = "result.json"
+WORKER = [sys.executable, "-m", "fastpo.lab.jobs"]
+
+
+class Job(NamedTuple):
+    """What a process does in one piece: a run, or where method is None the base of a data set and seed."""
+
+    data: str
+    method: str | None
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.data} {self.method or 'base'} seed {self.seed}"
+
+
+class Outcome(NamedTuple):
+    """What became of a job: error is None, or says why it failed."""
+
+    job: Job
+    error: str | None
+
+
+def base_folder(study: Study, data: str, seed: int) -> Path:
+    return Path(study.output_dir) / "base" / data / str(seed)
+
+
+def do_job(study: Study, job: Job) -> None:
+    """Do what is not done yet.
+
+    Raises:
+        Exception: whatever training raises; nothing half-written is left where a result belongs.
+    """
+    torch.set_num_threads(study.threads)
+    if job.method is None:
+        from fastpo.lab.language import prepare_base
+
+        folder = base_folder(study, job.data, job.seed)
+        with _locked(folder.with_suffix(".lock")):
+            prepare_base(study, job.data, job.seed, folder)
+        return
+    run = Run(job.data, job.method, job.seed)
+    folder = Path(study.output_dir) / run.path
+    with _locked(folder.with_suffix(".lock")):
+        if (folder / RESULT).exists():
+            return
+        start = time.perf_counter()
+        found = _trained(study, run, folder)
+        result = {"data": run.data, "method": run.method, "seed": run.seed, "settings": study.settings(run), **found}
+        result["seconds"] = round(time.perf_counter() - start, 2)
+        with replacing(folder / RESULT) as aside:
+            aside.write_text(json.dumps(result) + "\n")
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+def _trained(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    plan = study.data[run.data]
+    folder.mkdir(parents=True, exist_ok=True)
+    if plan.task == "items":
+        from fastpo.lab.recommender import train_items
+
+        return train_items(plan.of(run.seed), *item_settings(study.settings(run)["training"]), seed=run.seed)
+    from fastpo.lab.language import run_language
+
+    return run_language(study, run, base_folder(study, run.data, run.seed), folder)
+
+
+def do_all(study: Study, jobs: Sequence[Job], done: Callable[[Outcome], None]) -> None:
+    """Do jobs in `study.processes` processes, or where that is 1 in this one; `done` is told of each."""
+    if study.processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            done(_attempt(study, job))
+        return
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    workers = [
+        threading.Thread(target=_feed, args=(study, number, waiting, finished), daemon=True)
+        for number in range(min(study.processes, len(jobs)))
+    ]
+    for worker in workers:
+        worker.start()
+    for _ in jobs:
+        done(finished.get())
+    for worker in workers:
+        worker.join()
+
+
+def _feed(study: Study, number: int, waiting: Any, finished: Any) -> None:
+    """Keep one worker process busy, and replace it where a job kills it."""
+    while not waiting.empty():
+        with _worker(study, number) as process:
+            alive = _tell(process, study.to_json())
+            while alive:
+                try:
+                    job = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                alive = _tell(process, json.dumps(job))
+                answer = process.stdout.readline() if alive and process.stdout else ""
+                alive = bool(answer)
+                error = json.loads(answer) if alive else f"its process died with status {process.wait()}"
+                finished.put(Outcome(job, error))
+
+
+def _tell(process: subprocess.Popen[str], line: str) -> bool:
+    """Whether the process took it."""
+    assert process.stdin is not None
+    try:
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return False
+    return True
+
+
+def _worker(study: Study, number: int) -> subprocess.Popen[str]:
+    """A process that does the jobs which it reads; it ends when this one does, or stops to feed it."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(study.threads), "TQDM_DISABLE": "1"}  # one bar, of the study
+    if torch.cuda.device_count() > 1:
+        env["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    return subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+
+def work() -> None:
+    """Of a worker: the study and then jobs from standard input, errors or null to what was standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the study's to stop
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever else prints
+    study, jobs = Study.from_json(sys.stdin.readline()), queue.SimpleQueue[Job]()
+
+    def read() -> None:
+        for line in sys.stdin:
+            jobs.put(Job(*json.loads(line)))
+        os._exit(0)  # the study's process is gone, or has no more jobs
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        answers.write(json.dumps(_attempt(study, jobs.get()).error) + "\n")
+        answers.flush()
+
+
+def _attempt(study: Study, job: Job) -> Outcome:
+    try:
+        do_job(study, job)
+    except Exception as error:  # one run that fails, say by a loss that is not finite, must not end the others
+        return Outcome(job, f"{type(error).__name__}: {' '.join(str(error).split())}")
+    return Outcome(job, None)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the system gives the lock back, however a process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a filesystem without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    work()

@@ -1,0 +1,80 @@
+"""A preference file as a study's data: no planted truth, labels as they are, other rows held out for each seed."""
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fastpo.data import find_form, read_dataset
+
+
+@dataclass(frozen=True)
+class PreferenceFile:
+    """The rows of a file or of a named dataset, split by the seed.
+
+    Args:
+        dataset: a JSON, JSONL or Parquet file, or a dataset's name, in any form of `fastpo.data` that has pairs.
+        seed: of the split.
+        dataset_split: of a named dataset.
+        max_samples: use the first so many rows.
+        held_out: rows to measure on.
+        reward_model: what scores samples: a reward model's folder or name, or ``train``: one trained on all rows
+            (settings: the study's `judge`), held-out ones included, whose labels no policy sees.
+        reward_funcs: MODULE:FUNCTION instead, with TRL's signature.
+        language: two-letter code, for the text measures.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    dataset: str
+    seed: int = 0
+    dataset_split: str = "train"
+    max_samples: int | None = None
+    held_out: int = 64
+    reward_model: str | None = None
+    reward_funcs: str | None = None
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        for name in ("held_out", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.reward_model and self.reward_funcs:
+            raise ValueError("reward_model must be None with reward_funcs, got both")
+
+    def check(self) -> None:
+        """Read the file.
+
+        Raises:
+            ValueError: it cannot be read, has no pairs, or too few rows.
+        """
+        rows = self._rows
+        find_form(list(rows[0]), "dpo", self.dataset)
+        if len(rows) <= self.held_out:
+            raise ValueError(f"held_out must be less than the {len(rows)} rows of {self.dataset}, got {self.held_out}")
+
+    def base_rows(self) -> list[dict[str, Any]]:
+        """prompt and completion: both responses of the rows to train on."""
+        rows = self.train_rows()
+        form = find_form(list(rows[0]), "dpo", self.dataset)
+        pairs = [form(row) for row in rows]
+        return [{"prompt": pair.prompt, "completion": side} for pair in pairs for side in (pair.chosen, pair.rejected)]
+
+    def train_rows(self) -> list[dict[str, Any]]:
+        return [self._rows[i] for i in sorted(self._order[self.held_out :])]
+
+    def held_out_rows(self) -> list[dict[str, Any]]:
+        return [self._rows[i] for i in sorted(self._order[: self.held_out])]
+
+    @cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = read_dataset(self.dataset, self.dataset_split)
+        return (rows if self.max_samples is None else rows.select(range(min(self.max_samples, len(rows))))).to_list()
+
+    @cached_property
+    def _order(self) -> list[int]:
+        order = list(range(len(self._rows)))
+        random.Random(f"split {self.seed}").shuffle(order)
+        return order
