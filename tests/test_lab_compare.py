@@ -241,16 +241,18 @@ def by_length(prompts: list[Any], completions: list[Any], **columns: Any) -> lis
     return [float(len(said[0]["content"])) for said in completions]
 
 
-def test_a_base_of_other_settings_is_made_anew(plan: Callable[..., str], tmp_path: Path) -> None:
-    study = read_study(plan(data={"text": TEXT}))
-    folder = base_folder(study, "text", 0)
-    do_job(study, Job("text", None, 0))
-    weights = folder / "model" / "model.safetensors"
-    before = weights.read_bytes()
-    do_job(study, Job("text", None, 0))
-    assert weights.read_bytes() == before
-    do_job(read_study(plan(data={"text": TEXT}, base={**PLAN["base"], "learning_rate": 2e-2})), Job("text", None, 0))
-    assert weights.read_bytes() != before
+def test_data_that_differ_in_training_alone_share_a_base(plan: Callable[..., str], tmp_path: Path) -> None:
+    data = {"a": TEXT, "b": {**TEXT, "training": {"learning_rate": 1e-4}}, "c": {**TEXT, "words": 17}}
+    study = read_study(plan(data=data))
+    assert base_folder(study, "a", 0) == base_folder(study, "b", 0)
+    others = [base_folder(study, "a", 1), base_folder(study, "c", 0)]
+    others.append(base_folder(read_study(plan(data=data, base={**PLAN["base"], "max_steps": 4})), "a", 0))
+    assert base_folder(study, "a", 0) not in others
+    do_job(study, Job("a", None, 0))
+    weights = base_folder(study, "a", 0) / "model" / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    do_job(study, Job("b", None, 0))
+    assert weights.stat().st_mtime_ns == made
 
 
 def test_the_global_generators_do_not_matter(plan: Callable[..., str], tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def scale_bounds(study: Study, data: str, methods: Sequence[str]) -> tuple[float
 
 
 def histograms(runs: Sequence[Run], bounds: tuple[float, float], figure_name: str, label: str) -> str:
-    """One ridge a kind, of s(x) over all seeds; hard kinds have a dashed outline and hatching."""
+    """One ridge a kind, of s(x) over all seeds; hard kinds are paler and have a dashed outline."""
     kinds = kinds_of(runs)
     edges = np.geomspace(*bounds, BINS + 1)
     with drawing(PANEL, 22 * len(kinds) + 40) as (figure, axes):

@@ -42,7 +42,7 @@ def compare(plan: str, **overrides: Any) -> str:
         path.write_text(json.dumps(study.describe(), indent=2) + "\n")
     logger.info("%s: %d runs, of which %d are done already", folder, len(runs), len(runs) - len(left))
     failed = _do(study, _bases(study, left), "base models")
-    failed |= _do(study, [Job(*run) for run in left if Job(run.data, None, run.seed) not in failed], "runs")
+    failed |= _do(study, [Job(*run) for run in left if _has_base(study, run)], "runs")
     if failed:
         job, why = next(iter(failed.items()))
         message = f"{len(failed)} jobs failed, and are tried again by the same command; the first, {job}: {why}"
@@ -96,8 +96,16 @@ def _check_recipes(study: Study) -> None:
 
 def _bases(study: Study, runs: Sequence[Run]) -> list[Job]:
     """Those that the runs start from, once each."""
-    wanted = {Job(run.data, None, run.seed): None for run in runs if study.data[run.data].task != "items"}
-    return [job for job in wanted if not is_ready(study, job.data, job.seed, base_folder(study, job.data, job.seed))]
+    wanted = {
+        base_folder(study, run.data, run.seed): Job(run.data, None, run.seed)
+        for run in runs
+        if study.data[run.data].task != "items"
+    }
+    return [job for folder, job in wanted.items() if not is_ready(folder)]
+
+
+def _has_base(study: Study, run: Run) -> bool:
+    return study.data[run.data].task == "items" or is_ready(base_folder(study, run.data, run.seed))
 
 
 def _do(study: Study, jobs: Sequence[Job], what: str) -> dict[Job, str]:

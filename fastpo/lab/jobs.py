@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import queue
@@ -43,7 +44,9 @@ class Outcome(NamedTuple):
 
 
 def base_folder(study: Study, data: str, seed: int) -> Path:
-    return Path(study.output_dir) / "base" / data / str(seed)
+    """Of what its runs start from; data sets that differ in how methods are trained share it."""
+    settings = json.dumps(study.base_settings(data, seed), sort_keys=True)
+    return Path(study.output_dir) / "base" / hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
 def do_job(study: Study, job: Job) -> None:

@@ -66,7 +66,7 @@ def _page(study: Study) -> str:
 
 def _top(study: Study, anchors: dict[str, str]) -> str:
     runs = [run for found in study.runs.values() for run in found]
-    expected = len(study.data) * len(study.methods) * len(study.seeds)
+    expected = sum(len(plan.get("methods", study.methods)) for plan in study.data.values()) * len(study.seeds)
     facts = [
         counted(len(study.methods), "method"),
         counted(len(study.data), "data set"),

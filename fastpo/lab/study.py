@@ -146,7 +146,10 @@ class Study:
             "description": self.about,
             "baseline": self.baseline,
             "seeds": list(self.seeds),
-            "data": {name: {"task": plan.task, "description": plan.about} for name, plan in self.data.items()},
+            "data": {
+                name: {"task": plan.task, "description": plan.about, "methods": list(plan.methods or self.methods)}
+                for name, plan in self.data.items()
+            },
             "methods": self.methods,
             "formulas": {name: explain(objective_of(settings)) for name, settings in self.methods.items()},
             "comparisons": {title: comparison._asdict() for title, comparison in self.comparisons.items()},

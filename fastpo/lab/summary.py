@@ -71,7 +71,7 @@ class Study:
 
     Attributes:
         name, title, description, baseline, seeds: as study.json has them.
-        data: name -> {"task", "description"}.
+        data: name -> {"task", "description", and "methods" where those are not all}.
         methods: name -> settings.
         formulas: name -> loss of a pair.
         comparisons: title -> comparison.
@@ -133,8 +133,8 @@ class Study:
     def missing(self) -> dict[tuple[str, str], list[int]]:
         """(data, method) -> seeds whose run is not finished."""
         lacking = {}
-        for data in self.data:
-            for method in self.methods:
+        for data, plan in self.data.items():
+            for method in plan.get("methods", self.methods):
                 finished = {run.seed for run in self.runs.get((data, method), [])}
                 if seeds := [seed for seed in self.seeds if seed not in finished]:
                     lacking[data, method] = seeds
