@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 LLAMAFACTORY := .venv-llamafactory/bin
 
-.PHONY: demo pipeline test check lint types tests test-llamafactory bench clean
+.PHONY: demo pipeline lab test check lint types tests test-llamafactory bench clean
 
 demo: .venv/installed
 	$(BIN)/fastpo demo
 
 pipeline: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" examples/pipeline/run.sh
+
+lab: .venv/installed
+	$(BIN)/fastpo compare plans/quick.yaml
 
 test: .venv/installed
 	$(MAKE) check

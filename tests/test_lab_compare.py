@@ -121,6 +121,9 @@ def test_a_process_that_dies_is_replaced(plan: Callable[..., str], monkeypatch: 
     code = "import sys; sys.stdin.readline(); sys.stdin.readline(); print('null', flush=True); sys.stdin.readline()"
     monkeypatch.setattr("fastpo.lab.jobs.WORKER", [sys.executable, "-c", f"{code}; sys.exit(3)"])
     study, found = read_study(plan(), processes=2), []
+    with pytest.raises(FileNotFoundError):  # what goes wrong here and not in a job
+        do_all(study, [Job("items", "dpo", seed) for seed in range(6)], found.append)
+    Path(study.output_dir).mkdir()
     do_all(study, [Job("items", "dpo", seed) for seed in range(6)], found.append)
     assert {outcome.job.seed for outcome in found} == set(range(6))
     assert {outcome.error for outcome in found} == {None, "its process died with status 3"}

@@ -2,6 +2,7 @@
 
 import random
 import re
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -277,3 +278,20 @@ def test_slates_hold_different_items_by_the_habits_of_the_group() -> None:
 
 def test_a_slate_is_no_longer_than_the_catalogue() -> None:
     assert {len(slate) for _, slate in task("items", items=4).logs()} == {3, 4}
+
+
+def test_a_judge_scores_responses_whatever_their_labels() -> None:
+    plain, exact, blurred = (PlantedText(seed=900, train_pairs=300, judge_noise=noise) for noise in (None, 0.0, 0.5))
+    for rows, judged in ((plain.train_rows(), exact.train_rows()), (plain.held_out_rows(), exact.held_out_rows())):
+        for row, scored in zip(rows, judged, strict=True):
+            assert row == {name: x for name, x in scored.items() if not name.startswith("score_")}
+            assert [scored["score_chosen"]] == exact.true_reward([], [row["chosen"]])
+            assert [scored["score_rejected"]] == exact.true_reward([], [row["rejected"]])
+    errors = [
+        a[name] - b[name]
+        for a, b in zip(blurred.train_rows(), exact.train_rows(), strict=True)
+        for name in ("score_chosen", "score_rejected")
+    ]
+    assert statistics.stdev(errors) == pytest.approx(0.5, abs=0.08)
+    with pytest.raises(ValueError, match="judge_noise must be >= 0"):
+        PlantedText(judge_noise=-1.0)

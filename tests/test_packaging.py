@@ -153,7 +153,10 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
     "fastpo.lab.planted_text": ({"fastpo.lab.kinds"}, set()),
     "fastpo.lab.planted_items": ({"fastpo.lab.kinds"}, {"torch"}),
     "fastpo.lab.statistics": (set(), {"scipy"}),
-    "fastpo.lab.measures": ({"fastpo.calibration", "fastpo.lab.kinds"}, {"rouge_score", "sacrebleu", "scipy", "torch"}),
+    "fastpo.lab.measures": (
+        {"fastpo.calibration", "fastpo.lab.kinds", "fastpo.ops"},
+        {"rouge_score", "sacrebleu", "scipy", "torch"},
+    ),
 }
 # name -> the modules that may import it
 ONLY_FROM: dict[str, tuple[str, ...]] = {

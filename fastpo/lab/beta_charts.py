@@ -40,14 +40,26 @@ def learned(study: Study, data: str) -> list[str]:
 
 
 def kinds_of(runs: Iterable[Run]) -> dict[str, list[tuple[float, bool, list[float]]]]:
-    """kind -> (reliability, hard, s of its prompts) of each run that has s: reliable kinds first, easy before hard."""
-    found: dict[str, list[tuple[float, bool, list[float]]]] = {}
+    """Sort of kinds -> (reliability, hard, s of its prompts) of each run that has s: reliable first, easy before hard.
+
+    Kinds of the same reliability and difficulty are of one sort, whatever their names, to which each seed deals others.
+    """
+    found: dict[tuple[float, bool], list[list[float]]] = {}
     for run in runs:
-        for kind, known in run.kinds.items():
+        own: dict[tuple[float, bool], list[float]] = {}
+        for known in run.kinds.values():
             values = [float(x) for x in known.get("s") or [] if is_number(x) and x > 0]
             if values and is_number(known.get("reliability")):
-                found.setdefault(kind, []).append((float(known["reliability"]), bool(known.get("hard")), values))
-    return dict(sorted(found.items(), key=lambda item: (-item[1][0][0], item[1][0][1], item[0])))
+                own.setdefault((float(known["reliability"]), bool(known.get("hard"))), []).extend(values)
+        for sort, values in own.items():
+            found.setdefault(sort, []).append(values)
+    order = sorted(found, key=lambda sort: (-sort[0], sort[1]))
+    return {
+        f"{100 * reliability:.4g} % {'hard' if hard else 'easy'}": [
+            (reliability, hard, s) for s in found[reliability, hard]
+        ]
+        for reliability, hard in order
+    }
 
 
 def scale_bounds(study: Study, data: str, methods: Sequence[str]) -> tuple[float, float] | None:

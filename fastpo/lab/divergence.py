@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastpo.adapters import as_reference
 from fastpo.backbone import causal_lm
+from fastpo.lab.measures import two_head_kl
 from fastpo.layout import responses
 from fastpo.lm_head import LMHead
-from fastpo.ops import joint_linear_sequence_stats
 
 
 @torch.no_grad()
@@ -39,19 +39,7 @@ def response_kl(policy: Any, reference: Any, batch: Mapping[str, Tensor]) -> Ten
             other = head_of(lm)
     else:
         other = head_of(causal_lm(reference))
-    if own.weight is other.weight and own.lora is None and own.bias is None:
-        hidden, beside, weight = own.hidden, other.hidden, own.weight
-    else:
-        # One head over both: the policy's hidden states are 0 where the reference's weights are, and the reverse.
-        mine, theirs = _parts(own), _parts(other)
-        hidden = torch.cat([*(h for h, _ in mine), *(torch.zeros_like(h) for h, _ in theirs)], dim=1)
-        beside = torch.cat([*(torch.zeros_like(h) for h, _ in mine), *(h for h, _ in theirs)], dim=1)
-        weight = torch.cat([w for _, w in (*mine, *theirs)], dim=1)
-    found = joint_linear_sequence_stats(
-        hidden, beside, weight, rows.labels, cu_seqlens=rows.ends, kl=True, **own.options
-    )
-    assert found.kl is not None
-    return found.kl
+    return two_head_kl(_parts(own), _parts(other), rows.labels, cu_seqlens=rows.ends, **own.options)
 
 
 def _parts(head: LMHead) -> list[tuple[Tensor, Tensor]]:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from fastpo.files import replacing
 from fastpo.lab.study import Run, Study, item_settings
 
 RESULT = "result.json"
+WORKERS_LOG = "workers.log"  # what worker processes print: the study's own process shows one bar, of all runs
 WORKER = [sys.executable, "-m", "fastpo.lab.jobs"]
 
 
@@ -97,7 +98,7 @@ def do_all(study: Study, jobs: Sequence[Job], done: Callable[[Outcome], None]) -
             done(_attempt(study, job))
         return
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    finished: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[Outcome | Exception] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
     workers = [
@@ -107,15 +108,26 @@ def do_all(study: Study, jobs: Sequence[Job], done: Callable[[Outcome], None]) -
     for worker in workers:
         worker.start()
     for _ in jobs:
-        done(finished.get())
+        outcome = finished.get()
+        if isinstance(outcome, Exception):
+            raise outcome
+        done(outcome)
     for worker in workers:
         worker.join()
 
 
 def _feed(study: Study, number: int, waiting: Any, finished: Any) -> None:
-    """Keep one worker process busy, and replace it where a job kills it."""
+    """Keep one worker process busy; what goes wrong with that, and not with a job, is the main thread's to raise."""
+    try:
+        _keep_busy(study, number, waiting, finished)
+    except Exception as error:
+        finished.put(error)
+
+
+def _keep_busy(study: Study, number: int, waiting: Any, finished: Any) -> None:
+    """Give a worker process one job after the other, and replace it where a job kills it."""
     while not waiting.empty():
-        with _worker(study, number) as process:
+        with (Path(study.output_dir) / WORKERS_LOG).open("a") as log, _worker(study, number, log) as process:
             alive = _tell(process, study.to_json())
             while alive:
                 try:
@@ -140,12 +152,12 @@ def _tell(process: subprocess.Popen[str], line: str) -> bool:
     return True
 
 
-def _worker(study: Study, number: int) -> subprocess.Popen[str]:
+def _worker(study: Study, number: int, log: IO[str]) -> subprocess.Popen[str]:
     """A process that does the jobs which it reads; it ends when this one does, or stops to feed it."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(study.threads), "TQDM_DISABLE": "1"}  # one bar, of the study
+    env = {**os.environ, "OMP_NUM_THREADS": str(study.threads), "TQDM_DISABLE": "1"}
     if torch.cuda.device_count() > 1:
         env["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
-    return subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
 
 
 def work() -> None:

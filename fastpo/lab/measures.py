@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastpo.calibration import expected_calibration_error
 from fastpo.lab.kinds import Kind
+from fastpo.ops import joint_linear_sequence_stats
+
+Parts = Sequence[tuple[Tensor, Tensor]]
 
 
 def preference_measures(margins: Tensor, log_p: Tensor, log_q: Tensor, agrees: Tensor) -> dict[str, float]:
@@ -75,6 +78,25 @@ def win_rate(rewards: Sequence[float], others: Sequence[float]) -> float:
     """Share of rewards that are above the others' of the same prompts; a tie counts half."""
     wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, others, strict=True))
     return wins / len(rewards)
+
+
+def two_head_kl(own: Parts, other: Parts, labels: Tensor, **options: Any) -> Tensor:
+    """(B,) KL(own || other) of what comes next, summed over each sequence, in nats; exact, and without logits.
+
+    The joint op knows one head. Both models' lie side by side in it, and each one's hidden states are 0 where the
+    other's weights are.
+
+    Args:
+        own, other: hidden states (..., d) and weights (V, d) of a model, whose products add up to its logits: of the LM
+            head, of its bias (hidden states of 1), of LoRA on it.
+        labels, options: as in `joint_linear_sequence_stats`.
+    """
+    hidden = torch.cat([*(h for h, _ in own), *(torch.zeros_like(h) for h, _ in other)], dim=-1)
+    beside = torch.cat([*(torch.zeros_like(h) for h, _ in own), *(h for h, _ in other)], dim=-1)
+    weight = torch.cat([w for _, w in (*own, *other)], dim=1)
+    found = joint_linear_sequence_stats(hidden, beside, weight, labels, kl=True, **options)
+    assert found.kl is not None
+    return found.kl
 
 
 def text_quality(said: Sequence[str], wanted: Sequence[str], language: str) -> dict[str, float]:

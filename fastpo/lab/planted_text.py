@@ -54,6 +54,8 @@ class PlantedText:
         words: that have a value, at most 256.
         flips: probabilities that a label is flipped, dealt out to the kinds; one alone: all are equally reliable.
         length_bias: probability that a rater takes the longer response.
+        judge_noise: deviation of a judge's scores from the true rewards, which then stand beside each pair as
+            score_chosen and score_rejected; None: there is no judge.
 
     Raises:
         ValueError: a field is out of its range.
@@ -66,6 +68,7 @@ class PlantedText:
     words: int = 128
     flips: tuple[float, ...] = FLIPS
     length_bias: float = 0.0
+    judge_noise: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flips", as_flips(self.flips))
@@ -78,6 +81,9 @@ class PlantedText:
         if not 2 <= self.words <= len(VOCABULARY):
             raise ValueError(f"words must be in [2, {len(VOCABULARY)}], got {self.words!r}")
         check_probability("length_bias", self.length_bias)
+        noise = self.judge_noise
+        if noise is not None and (isinstance(noise, bool) or not isinstance(noise, int | float) or not noise >= 0):
+            raise ValueError(f"judge_noise must be >= 0, or None, got {noise!r}")
         _ = self.kinds  # which checks the flips
 
     @cached_property
@@ -105,14 +111,17 @@ class PlantedText:
 
     def train_rows(self) -> list[dict[str, Any]]:
         """prompt, chosen, rejected, kind and rater_agrees (whether the label is right), as the kind's raters label."""
-        return [
-            row if row["rater_agrees"] else {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-            for row in self._pairs("train", TRAINING_NAMES, self.train_pairs)
-        ]
+        rows = self._pairs("train", TRAINING_NAMES, self.train_pairs)
+        return self._judged(
+            [
+                row if row["rater_agrees"] else {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+                for row in rows
+            ]
+        )
 
     def held_out_rows(self) -> list[dict[str, Any]]:
         """The same with the truly better response as chosen, whether or not a rater would have chosen it."""
-        return self._pairs("held out", HELD_OUT_NAMES, self.held_out_pairs)
+        return self._judged(self._pairs("held out", HELD_OUT_NAMES, self.held_out_pairs))
 
     def true_reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Mean value of the words that follow a completion's opening; a word that has none counts 0.
@@ -120,6 +129,19 @@ class PlantedText:
         A reward function as TRL's; prompts and columns are not read.
         """
         return [self._reward(_said_words(text)) for text in completions]
+
+    def _judged(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the judge's scores, if there is one."""
+        if self.judge_noise is None:
+            return rows
+        rng = self._rng(f"judge of {len(rows)}")
+        scores = {
+            f"score_{side}": [
+                reward + rng.gauss(0, self.judge_noise) for reward in self.true_reward([], [row[side] for row in rows])
+            ]
+            for side in ("chosen", "rejected")
+        }
+        return [{**row, **{name: found[i] for name, found in scores.items()}} for i, row in enumerate(rows)]
 
     def _pairs(self, part: str, names: Sequence[str], count: int) -> list[dict[str, Any]]:
         """Pairs with the better response as chosen."""

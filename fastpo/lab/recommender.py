@@ -21,11 +21,11 @@ from fastpo.calibration import log_preference
 from fastpo.config import PreferenceConfig
 from fastpo.heads import BetaHead, DiscoHead
 from fastpo.lab.kinds import check_sizes
-from fastpo.lab.measures import kind_measures, preference_measures, scale_measures, win_rate
+from fastpo.lab.measures import kind_measures, preference_measures, scale_measures, two_head_kl, win_rate
 from fastpo.lab.planted_items import FEATURES, PlantedItems, SlatePair
 from fastpo.loss_inputs import summed_variance
 from fastpo.losses import preference_loss
-from fastpo.ops import joint_linear_sequence_stats, linear_logps, linear_sequence_stats
+from fastpo.ops import linear_logps, linear_sequence_stats
 from fastpo.schedules import RunningMeans, scheduled_beta
 from fastpo.stages import dpo_stage, sft_stage
 from fastpo.types import LossOutput, SequenceStats
@@ -128,19 +128,13 @@ class ItemModel(nn.Module):
 
 @torch.no_grad()
 def slate_kl(policy: ItemModel, reference: ItemModel, slates: Slates) -> Tensor:
-    """(R,) KL(policy || reference) of the next item, summed over each slate, in nats.
-
-    The joint op knows one head. Both models' lie side by side in it, biases as columns whose input is 1, and each
-    model's hidden states are 0 where the other's columns are.
-    """
-    (own, own_head), (other, other_head) = (
-        (pad(model(slates)[:, :-1], (0, 1), value=1.0), torch.cat((model.items.weight, model.items.bias[:, None]), 1))
+    """(R,) KL(policy || reference) of the next item, summed over each slate, in nats."""
+    own, other = (
+        [(states, model.items.weight), (torch.ones_like(states[..., :1]), model.items.bias[:, None])]
         for model in (policy, reference)
+        for states in [model(slates)[:, :-1]]
     )
-    width, head = own.shape[-1], torch.cat((own_head, other_head), dim=1)
-    found = joint_linear_sequence_stats(pad(own, (0, width)), pad(other, (width, 0)), head, slates.items, kl=True)
-    assert found.kl is not None
-    return found.kl
+    return two_head_kl(own, other, slates.items)
 
 
 class Pairs(NamedTuple):
