@@ -1,5 +1,6 @@
 """Plans of studies: what they say, and how they say that something is wrong."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ import yaml
 
 from fastpo.lab.recommender import ItemTraining
 from fastpo.lab.study import Run, Study, item_settings, objective_of, read_study
-from fastpo.planted import planted_preferences
 
 ROOT = Path(__file__).parents[1]
 PLAN: dict[str, Any] = {
@@ -94,18 +94,21 @@ def test_what_is_wrong_is_named(tmp_path: Path, changes: dict[str, Any], message
         read_study(write(tmp_path, **changes))
 
 
-def test_a_file_with_too_few_rows(tmp_path: Path) -> None:
-    import json
-
+def test_a_file_is_split_by_its_prompts(tmp_path: Path) -> None:
     rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in planted_preferences(8, seed=1)))
+    pairs = [{"prompt": f"question {i // 2}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     data = {"a": {"task": "preferences", "dataset": str(rows), "held_out": 8}}
-    with pytest.raises(ValueError, match=r"data.a: held_out must be less than the 8 rows"):
+    with pytest.raises(ValueError, match=r"data.a: held_out must leave some of the 8 rows"):
         read_study(write(tmp_path, data=data))
     file = read_study(write(tmp_path, data={"a": {**data["a"], "held_out": 3}})).data["a"].of(0)
     train, held_out = file.train_rows(), file.held_out_rows()
-    assert len(train) == 5 and len(held_out) == 3 and len(file.base_rows()) == 10
-    assert not [row for row in held_out if row in train]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in [*pairs, {**pairs[0], "chosen": None}]))
+    with pytest.raises(ValueError, match=r"data.a: .*pairs.jsonl row 8: 'chosen' must be text"):
+        read_study(write(tmp_path, data=data))
+    # Rows of one prompt are held out together.
+    assert len(train) == 4 and len(held_out) == 4 and len(file.base_rows()) == 8
+    assert not {row["prompt"] for row in held_out} & {row["prompt"] for row in train}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "plans").glob("*.yaml")), ids=lambda path: path.stem)

@@ -89,7 +89,7 @@ def _check_recipes(study: Study) -> None:
     for run in study.runs():
         if run.seed == study.seeds[0] and study.data[run.data].task != "items":
             try:
-                check_recipe(study, run, Path(study.output_dir))
+                check_recipe(study, run)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"data {run.data}, method {run.method}: {error}") from None
 

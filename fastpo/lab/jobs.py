@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import queue
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,8 +74,10 @@ def do_job(study: Study, job: Job) -> None:
         result["seconds"] = round(time.perf_counter() - start, 2)
         with replacing(folder / RESULT) as aside:
             aside.write_text(json.dumps(result) + "\n")
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        if study.data[run.data].task != "items":
+            from fastpo.lab.language import drop_checkpoints
+
+            drop_checkpoints(folder)
 
 
 def _trained(study: Study, run: Run, folder: Path) -> dict[str, Any]:

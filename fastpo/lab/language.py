@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,11 @@ COMMON: dict[str, Any] = {
 def prepare_base(study: Study, data: str, seed: int, folder: Path) -> None:
     """Leave in `folder` what all methods' runs of this data and seed share: data files, the base model, the judge.
 
-    It is there as a whole or not at all; what is there already stays.
+    What is there already stays, and training that was stopped goes on from its checkpoint, if it has one.
     """
-    settings = study.base_settings(data, seed)
     if is_ready(folder):
         return
-    shutil.rmtree(folder, ignore_errors=True)
+    settings = study.base_settings(data, seed)
     rows = study.data[data].of(seed)
     _write_rows(folder / "train.jsonl", rows.train_rows())
     _write_rows(folder / "held_out.jsonl", rows.held_out_rows())
@@ -51,11 +51,18 @@ def prepare_base(study: Study, data: str, seed: int, folder: Path) -> None:
         _train({**recipe, "output_dir": str(folder / "judge")}, folder / "judge.yaml")
     with replacing(folder / READY) as aside:
         aside.write_text(json.dumps(settings) + "\n")
+    drop_checkpoints(folder)
 
 
 def is_ready(base: Path) -> bool:
     """Whether `prepare_base` has nothing to do."""
     return (base / READY).exists()
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Remove checkpoints below a folder, of training that is done."""
+    for checkpoint in folder.rglob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def run_language(study: Study, run: Run, base: Path, folder: Path) -> dict[str, Any]:
@@ -81,8 +88,9 @@ def run_language(study: Study, run: Run, base: Path, folder: Path) -> dict[str, 
     def watch(trainer: Any) -> None:
         reference = None if hasattr(trainer.model, "disable_adapter") else _load(recipe, trainer)
         data = study.data[run.data].of(run.seed)
+        rows = _read_rows(base / "held_out.jsonl")
         held_out = HeldOut(
-            rows=_read_rows(base / "held_out.jsonl"), tokens=trainer.eval_dataset,
+            rows=[rows[i] for i in trainer.eval_dataset["index"]], tokens=trainer.eval_dataset,
             kinds=getattr(data, "kinds", None), reward=_reward(data, base), language=getattr(data, "language", "en"),
         )  # fmt: skip
         probes.append(Probe(trainer, reference, held_out, study.evaluation, run.seed))
@@ -99,19 +107,19 @@ def run_language(study: Study, run: Run, base: Path, folder: Path) -> dict[str, 
     return {**probe.final(), "course": probe.course, "training": logs}
 
 
-def check_recipe(study: Study, run: Run, folder: Path) -> None:
+def check_recipe(study: Study, run: Run) -> None:
     """Raise ValueError or TypeError for a run whose settings are no recipe."""
     settings = study.settings(run)
-    recipes = [{**settings["training"], "stage": "dpo", "model_name_or_path": _start(settings, folder)}]
+    recipes = [{**settings["training"], "stage": "dpo", "model_name_or_path": _start(settings, Path("base"))}]
     if settings["base"]:
         recipes.append({**settings["base"], "stage": "sft"})
     if settings["judge"]:
         recipes.append({**settings["judge"], "stage": "rm"})
-    for recipe in recipes:
-        path = folder / "check.yaml"
-        with replacing(path) as aside:
-            aside.write_text(yaml.safe_dump({**COMMON, "dataset": "train.jsonl", **recipe, "output_dir": str(folder)}))
-        parse_recipe(str(path), [])
+    with tempfile.TemporaryDirectory() as folder:
+        for recipe in recipes:
+            path = Path(folder, "recipe.yaml")
+            path.write_text(yaml.safe_dump({**COMMON, "dataset": "train.jsonl", **recipe, "output_dir": folder}))
+            parse_recipe(str(path), [])
 
 
 def _train(recipe: dict[str, Any], path: Path, watch: Any = None, save: bool = True) -> StageTrainer:

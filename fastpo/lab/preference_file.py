@@ -1,11 +1,13 @@
 """A preference file as a study's data: no planted truth, labels as they are, other rows held out for each seed."""
 
+import json
 import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from fastpo.data import find_form, read_dataset
+from fastpo.data import BadRowError, Pair, find_form, read_dataset
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,22 @@ class PreferenceFile:
         Raises:
             ValueError: it cannot be read, has no pairs, or too few rows.
         """
-        rows = self._rows
-        find_form(list(rows[0]), "dpo", self.dataset)
-        if len(rows) <= self.held_out:
-            raise ValueError(f"held_out must be less than the {len(rows)} rows of {self.dataset}, got {self.held_out}")
+        if len(self._held_out) == len(self._rows):
+            raise ValueError(
+                f"held_out must leave some of the {len(self._rows)} rows of {self.dataset}, got {self.held_out}"
+            )
 
     def base_rows(self) -> list[dict[str, Any]]:
         """prompt and completion: both responses of the rows to train on."""
-        rows = self.train_rows()
-        form = find_form(list(rows[0]), "dpo", self.dataset)
-        pairs = [form(row) for row in rows]
+        pairs = [self._form(row) for row in self.train_rows()]
         return [{"prompt": pair.prompt, "completion": side} for pair in pairs for side in (pair.chosen, pair.rejected)]
 
     def train_rows(self) -> list[dict[str, Any]]:
-        return [self._rows[i] for i in sorted(self._order[self.held_out :])]
+        return [row for i, row in enumerate(self._rows) if i not in self._held_out]
 
     def held_out_rows(self) -> list[dict[str, Any]]:
-        return [self._rows[i] for i in sorted(self._order[: self.held_out])]
+        """So many rows, or a few more: those of one prompt are held out together."""
+        return [row for i, row in enumerate(self._rows) if i in self._held_out]
 
     @cached_property
     def _rows(self) -> list[dict[str, Any]]:
@@ -74,7 +75,22 @@ class PreferenceFile:
         return (rows if self.max_samples is None else rows.select(range(min(self.max_samples, len(rows))))).to_list()
 
     @cached_property
-    def _order(self) -> list[int]:
-        order = list(range(len(self._rows)))
+    def _form(self) -> Callable[[Mapping[str, Any]], Pair]:
+        return find_form(list(self._rows[0]), "dpo", self.dataset)
+
+    @cached_property
+    def _held_out(self) -> set[int]:
+        of_prompt: dict[str, list[int]] = {}
+        for i, row in enumerate(self._rows):
+            try:
+                prompt = self._form(row).prompt
+            except BadRowError as error:
+                raise ValueError(f"{self.dataset} row {i}: {error}") from None
+            of_prompt.setdefault(json.dumps(prompt), []).append(i)
+        order, found = list(of_prompt.values()), set[int]()
         random.Random(f"split {self.seed}").shuffle(order)
-        return order
+        for rows in order:
+            if len(found) >= self.held_out:
+                break
+            found.update(rows)
+        return found

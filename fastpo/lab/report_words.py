@@ -57,6 +57,7 @@ MEASURES: dict[str, Measure] = {
     "nll": _plain("negative log-likelihood", "nll", "nats", 3, "negative log-likelihood of raters' labels", better=-1),
     "ece": Measure("calibration error", "ece", -1, digits=3, about="expected calibration error of raters' labels"),
     "length": _plain("length of samples", "length", "tokens", 1, "mean of samples"),
+    "finished": Measure("finished samples", "finished", 0, 100.0, 1, "%", "points", "samples that come to an end"),
     "bleu": _text("BLEU"),
     "chrf": _text("chrF"),
     "rouge_l": _text("ROUGE-L"),

@@ -12,7 +12,7 @@ from fastpo.lab.statistics import Difference, Interval, holm, mean_interval, pai
 
 STUDY_FILE, RESULT_FILE, RUNS = "study.json", "result.json", "runs"
 MEASURE_ORDER = (
-    "accuracy", "win_rate", "reward", "kl", "margin", "nll", "ece", "length", "bleu", "chrf", "rouge_l",
+    "accuracy", "win_rate", "reward", "kl", "margin", "nll", "ece", "length", "finished", "bleu", "chrf", "rouge_l",
     "s/reliability", "s/hard", "s/mean", "s/std", "s/min", "s/max",
 )  # fmt: skip
 MAIN_MEASURES = ("accuracy", "win_rate", "reward", "bleu", "chrf", "rouge_l")  # a study's answer is the first it has
