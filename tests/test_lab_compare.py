@@ -62,7 +62,8 @@ def results(folder: Path) -> dict[str, Any]:
 def test_every_run_once_and_a_report(plan: Callable[..., str], tmp_path: Path, capsys: Any) -> None:
     study = tmp_path / "study"
     assert main(["compare", plan(), "--seeds", "1"]) == 0
-    assert "2 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 runs" in said and "items: ledpo against dpo: " in said
     first = results(study)
     assert set(first) == {"runs/items/dpo/0", "runs/items/ledpo/0"}
     assert "s/reliability" in first["runs/items/ledpo/0"]["measures"]

@@ -13,7 +13,7 @@ from fastpo.files import replacing
 from fastpo.from_recipe import check_output_dir
 from fastpo.lab.jobs import RESULT, Job, Outcome, base_folder, do_all
 from fastpo.lab.language import check_recipe, is_ready
-from fastpo.lab.report import make_report
+from fastpo.lab.report import headlines, make_report
 from fastpo.lab.study import Run, Study, read_study
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ def compare(plan: str, **overrides: Any) -> str:
         with contextlib.suppress(ValueError):  # nothing to report at all
             make_report(folder)
         raise RunsFailedError(message)
-    return f"{len(runs)} runs in {folder}; report: {make_report(folder)[0]}"
+    report, *_ = make_report(folder)
+    return "\n".join([f"{len(runs)} runs in {folder}", *headlines(folder), f"report: {report}"])
 
 
 def _is_done(study: Study, run: Run) -> bool:

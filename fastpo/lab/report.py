@@ -50,6 +50,27 @@ def make_report(folder: str | Path) -> list[Path]:
     return [folder / REPORT_FILE, *write_tables(study, folder)]
 
 
+def headlines(folder: str | Path) -> list[str]:
+    """A sentence for each data set: what the study's first comparison says.
+
+    Raises:
+        ValueError: as `read_study`.
+    """
+    study = read_study(Path(folder))
+    return [f"{data}: {said}" for data in study.data if (said := _headline(study, data))]
+
+
+def _headline(study: Study, data: str) -> str:
+    """Of the first comparison's first method; nothing where no comparison has finished pairs."""
+    found = answer(study, data)
+    if found is None:
+        return ""
+    title, differences, main = found
+    method, corrected = next(iter(differences.items()))
+    against = study.comparisons[title].against
+    return sentence(method, against, corrected.difference, main, corrected.p_holm, len(differences))
+
+
 def _page(study: Study) -> str:
     anchors = {data: f"data-{place}" for place, data in enumerate(study.data)}
     contents = [Entry("main", "The answer")]
@@ -110,11 +131,7 @@ def _data_section(study: Study, data: str, anchor: str) -> tuple[str, list[Entry
     known = study.data[data]
     parts = [f'<section id="{anchor}"><h2>{escape(data)}</h2>']
     parts += [f'<p class="note">{escape(str(known["description"]))}</p>'] if known.get("description") else []
-    if found := answer(study, data):
-        title, differences, main = found
-        method, corrected = next(iter(differences.items()))
-        against = study.comparisons[title].against
-        said = sentence(method, against, corrected.difference, main, corrected.p_holm, len(differences))
+    if said := _headline(study, data):
         parts.append(f'<p class="headline">{flow(said)}</p>')
     if name and (best := best_of(study, data, name)):
         interval = study.intervals[data, best, name]
