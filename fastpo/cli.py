@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -145,21 +146,40 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from fastpo.lab.compare import RunsFailedError, compare
-
     named = {name: getattr(arguments, name) for name in ("output_dir", "processes", "seeds", "data", "methods")}
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        _check_lab()
+        from fastpo.lab.compare import RunsFailedError, compare
+
+        try:
+            print(compare(arguments.plan, **named))
+        except RunsFailedError as error:
+            failed.append(error)
+
     try:
-        return _reporting_bad_input(lambda: print(compare(arguments.plan, **named)))
-    except RunsFailedError as error:
-        return _complain(error)
+        status = _reporting_bad_input(run)
     except KeyboardInterrupt:
         return _complain(KeyboardInterrupt("interrupted; the same command goes on")) + 129
+    return _complain(failed[0]) if failed else status
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from fastpo.lab.report import make_report
+    def report() -> None:
+        _check_lab()
+        from fastpo.lab.report import make_report
 
-    return _reporting_bad_input(lambda: print(*make_report(arguments.folder), sep="\n"))
+        print(*make_report(arguments.folder), sep="\n")
+
+    return _reporting_bad_input(report)
+
+
+def _check_lab() -> None:
+    """Raise ValueError where a package of the extra [lab] is missing: some are imported at the end of a run."""
+    missing = [name for name in ("rouge_score", "sacrebleu", "scipy") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(f"fastpo compare and fastpo report need {', '.join(missing)}: pip install 'fastpo[lab]'")
 
 
 def _names(text: str) -> list[str]:

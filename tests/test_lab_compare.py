@@ -18,8 +18,9 @@ from tiny import SHAPE
 from fastpo.cli import main
 from fastpo.lab.jobs import Job, base_folder, do_all, do_job
 from fastpo.lab.language import run_language
+from fastpo.lab.plan_file import read_study
 from fastpo.lab.probe import Probe
-from fastpo.lab.study import Run, read_study
+from fastpo.lab.study import Run
 from fastpo.planted import planted_preferences
 
 TEXT = {"task": "text", "train_pairs": 24, "held_out_pairs": 40, "base_responses": 24, "words": 16}
@@ -80,6 +81,10 @@ def test_every_run_once_and_a_report(plan: Callable[..., str], tmp_path: Path, c
 
 def test_results_of_other_settings_are_not_taken_for_these(plan: Callable[..., str], capsys: Any) -> None:
     assert main(["compare", plan(), "--seeds", "1"]) == 0
+    # Nor where only other methods are asked for: the report would have both.
+    changed = plan(methods={"dpo": {"preset": "dpo", "beta": 0.2}, "ledpo": {"preset": "ledpo"}})
+    assert main(["compare", changed, "--seeds", "1", "--methods", "ledpo"]) == 1
+    assert "holds runs/items/dpo/0 with another training.beta" in capsys.readouterr().err
     assert main(["compare", plan(methods={"dpo": {"preset": "dpo", "beta": 0.2}}, comparisons={})]) == 1
     assert "holds runs/items/dpo/0 with another training.beta" in capsys.readouterr().err
 
@@ -96,6 +101,16 @@ def test_results_of_other_settings_are_not_taken_for_these(plan: Callable[..., s
 def test_bad_arguments(plan: Callable[..., str], capsys: Any, arguments: list[str], message: str) -> None:
     assert main(["compare", *(plan() if word == "PLAN" else word for word in arguments)]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_packages_that_are_missing_are_named(
+    plan: Callable[..., str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr("fastpo.cli.importlib.util.find_spec", lambda name: None if name == "sacrebleu" else name)
+    assert main([command, plan()]) == 1
+    assert "need sacrebleu: pip install 'fastpo[lab]'" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()
 
 
 def test_a_method_that_is_no_recipe_is_named_before_any_run(plan: Callable[..., str], tmp_path: Path) -> None:
@@ -215,10 +230,10 @@ def test_a_checkpoint_is_gone_on_from_to_the_same_result(
     whole = run_text(path, "ledpo", output_dir=str(tmp_path / "whole"))
     note = Probe._note
 
-    def dies(self: Probe, state: Any) -> None:
+    def dies(self: Probe, state: Any, *fraction: float) -> None:
         if state.global_step == 4:
             raise RuntimeError("power cut")
-        note(self, state)
+        note(self, state, *fraction)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(Probe, "_note", dies)
@@ -229,6 +244,35 @@ def test_a_checkpoint_is_gone_on_from_to_the_same_result(
     assert not list(folder.glob("checkpoint-*"))
 
 
+def test_a_checkpoint_of_other_settings_is_not_gone_on_from(
+    plan: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {**PLAN["training"], "save_strategy": "steps", "save_steps": 2}
+
+    def dies(self: Probe, state: Any, *fraction: float) -> None:
+        if state.global_step == 4:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+        patch.setattr(Probe, "_note", dies)
+        run_text(plan(data={"text": TEXT}, training=training), "dpo")
+    other = {**training, "learning_rate": 1e-3}
+    with pytest.raises(ValueError, match=r"holds runs/text/dpo/0 with another training\.learning_rate"):
+        run_text(plan(data={"text": TEXT}, training=other), "dpo")
+
+
+def test_measuring_changes_nothing(plan: Callable[..., str], tmp_path: Path) -> None:
+    """Dropout is off while it measures, and what it draws, training does not see; nor does a batch move its beta."""
+    lora = {"preset": "beta_dpo", "use_peft": True, "lora_dropout": 0.5, "lora_target_modules": "q_proj,v_proj"}
+    found = []
+    for points, batch in ((1, 8), (4, 3)):
+        evaluation = {**PLAN["evaluation"], "points": points}
+        training = {**PLAN["training"], "per_device_eval_batch_size": batch}
+        path = plan(data={"text": TEXT}, methods={"m": lora}, comparisons={}, evaluation=evaluation, training=training)
+        found.append(run_text(path, "m", output_dir=str(tmp_path / str(points)))["measures"])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 def test_a_preference_file_with_a_judge_of_its_own(plan: Callable[..., str], tmp_path: Path) -> None:
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in planted_preferences(24, seed=1)))
@@ -236,6 +280,10 @@ def test_a_preference_file_with_a_judge_of_its_own(plan: Callable[..., str], tmp
     judge = {**PLAN["base"], "learning_rate": 1e-3}
     found = run_text(plan(data=data, judge=judge), "dpo", data="file")
     assert found["kinds"] == {} and {"win_rate", "reward", "chrf"} <= set(found["measures"])
+    changed = planted_preferences(23, seed=1)
+    rows.write_text("".join(json.dumps(row) + "\n" for row in changed))
+    with pytest.raises(ValueError, match="with another content"):
+        run_text(plan(data=data, judge=judge), "dpo", data="file")
     data["file"] |= {"reward_model": None, "reward_funcs": f"{Path(__file__)}:by_length"}
     measures = run_text(plan(data=data), "dpo", data="file", output_dir=str(tmp_path / "other"))["measures"]
     assert measures["reward"] >= 0
@@ -250,6 +298,10 @@ def test_data_that_differ_in_training_alone_share_a_base(plan: Callable[..., str
     study = read_study(plan(data=data))
     assert base_folder(study, "a", 0) == base_folder(study, "b", 0)
     others = [base_folder(study, "a", 1), base_folder(study, "c", 0)]
+    # The same rows, but weights that start from another seed.
+    shifted = read_study(plan(data={"d": {**TEXT, "seed": 1}}))
+    others.append(base_folder(shifted, "d", 0))
+    assert base_folder(shifted, "d", 0) != base_folder(study, "a", 1)
     others.append(base_folder(read_study(plan(data=data, base={**PLAN["base"], "max_steps": 4})), "a", 0))
     assert base_folder(study, "a", 0) not in others
     do_job(study, Job("a", None, 0))

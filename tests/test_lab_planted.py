@@ -276,8 +276,11 @@ def test_slates_hold_different_items_by_the_habits_of_the_group() -> None:
         assert torch.corrcoef(torch.stack((counts, data.world.habits[group])))[0, 1] > 0.5
 
 
-def test_a_slate_is_no_longer_than_the_catalogue() -> None:
-    assert {len(slate) for _, slate in task("items", items=4).logs()} == {3, 4}
+def test_a_catalogue_that_is_too_small_for_slates_to_differ() -> None:
+    with pytest.raises(ValueError, match="items must be > 12, got 12"):
+        PlantedItems(items=12)
+    with pytest.raises(ValueError, match=r"items must be an integer >= 1, got 40\.5"):
+        PlantedItems(items=40.5)
 
 
 def test_a_judge_scores_responses_whatever_their_labels() -> None:

@@ -1,14 +1,16 @@
 """Plans of studies: what they say, and how they say that something is wrong."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from fastpo.lab.plan_file import read_study
 from fastpo.lab.recommender import ItemTraining
-from fastpo.lab.study import Run, Study, item_settings, objective_of, read_study
+from fastpo.lab.study import Run, item_settings, objective_of
 
 ROOT = Path(__file__).parents[1]
 PLAN: dict[str, Any] = {
@@ -44,7 +46,7 @@ def test_a_plan_becomes_runs_with_all_that_they_depend_on(tmp_path: Path) -> Non
     config, training = item_settings(items["training"])
     assert config.beta == 0.05 and training == ItemTraining(epochs=1, learning_rate=1e-4)
     assert study.baseline == "dpo" and study.data["text"].of(1).seed == 6
-    assert Study.from_json(study.to_json()) == study
+    assert pickle.loads(pickle.dumps(study)) == study  # as workers are told of it
 
 
 def test_parts_of_a_plan(tmp_path: Path) -> None:
@@ -80,7 +82,21 @@ def test_a_preset_and_what_is_said_besides() -> None:
         ({"methods": {"dpo": {"beta": -1.0}}}, "methods.dpo: beta must be"),
         ({"baseline": "ipo"}, "baseline must be one of dpo, low, got 'ipo'"),
         ({"training": {"beta": 0.5}}, "training must leave 'beta' to the methods"),
-        ({"evaluation": {"points": 0}}, "evaluation's points must be an integer >= 1"),
+        ({"training": {"seed": 3}}, "training must leave 'seed' to the study"),
+        ({"methods": {"a": {"ref_model_name_or_path": "x"}}}, "methods.a must leave 'ref_model_name_or_path'"),
+        ({"methods": {"../a": {}}}, "methods must have names of letters"),
+        ({"methods": ["dpo"]}, "methods must hold keys and values"),
+        ({"data": {"a": {"task": "text", "methods": "dpo"}}}, "data.a's methods must be a list of dpo, low"),
+        ({"data": {"a": {"task": "text", "methods": []}}}, "data.a's methods must be a list of dpo, low"),
+        ({"data": {"a": {"task": "items", "base": {"max_steps": 3}}}}, "data.a must have no base"),
+        ({"data": {"a": {"task": "items", "items": 12}}}, "data.a: items must be > 12"),
+        ({"baseline": ["dpo"]}, "baseline must be one of dpo, low"),
+        ({"keep_models": "no"}, "keep_models must be true or false"),
+        ({"base": {}}, "data.text must have either a base to train or training's model_name_or_path, got neither"),
+        ({"training": {"model_name_or_path": "x"}}, "data.text must have either a base .* got both"),
+        ({"base": {"use_peft": True}}, "base must be trained whole"),
+        ({"judge": {"max_steps": 3}}, "judge must hold the settings of a reward model where data have"),
+        ({"evaluation": {"points": 0}}, "evaluation: points must be an integer >= 1"),
         ({"comparisons": {"a": {"methods": ["low"]}}}, "comparisons.a must have against"),
         ({"comparisons": {"a": {"against": "dpo", "methods": ["x"]}}}, "comparisons.a must be one of dpo, low"),
         (
@@ -114,4 +130,5 @@ def test_a_file_is_split_by_its_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "plans").glob("*.yaml")), ids=lambda path: path.stem)
 def test_plans_of_the_repository(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastpo.lab.preference_file.PreferenceFile.check", lambda self: None)  # no such files here
+    monkeypatch.setattr("fastpo.lab.preference_file.PreferenceFile.rows", [])
     assert read_study(str(path)).runs()

@@ -11,12 +11,15 @@ from tqdm.auto import tqdm
 
 from fastpo.files import replacing
 from fastpo.from_recipe import check_output_dir
-from fastpo.lab.jobs import RESULT, Job, Outcome, base_folder, do_all
+from fastpo.lab.jobs import Job, Outcome, base_folder, do_all, is_done, locked
 from fastpo.lab.language import check_recipe, is_ready
+from fastpo.lab.plan_file import read_study
 from fastpo.lab.report import headlines, make_report
-from fastpo.lab.study import Run, Study, read_study
+from fastpo.lab.study import Run, Study
 
 logger = logging.getLogger(__name__)
+
+LOCK = "study.lock"
 
 
 class RunsFailedError(RuntimeError):
@@ -36,9 +39,12 @@ def compare(plan: str, **overrides: Any) -> str:
     study = read_study(plan, **overrides)
     check_output_dir(study.output_dir)
     folder, runs = Path(study.output_dir), study.runs()
-    left = [run for run in runs if not _is_done(study, run)]
+    # Of methods that are not asked for now too: the report has them.
+    everything = [Run(data, method, seed) for data in study.data for method in study.methods for seed in study.seeds]
+    done = {run for run in everything if is_done(study, run)}
+    left = [run for run in runs if run not in done]
     _check_recipes(study)
-    with replacing(folder / "study.json") as path:
+    with locked(folder / LOCK), replacing(folder / "study.json") as path:
         path.write_text(json.dumps(study.describe(), indent=2) + "\n")
     logger.info("%s: %d runs, of which %d are done already", folder, len(runs), len(runs) - len(left))
     failed = _do(study, _bases(study, left), "base models")
@@ -46,49 +52,18 @@ def compare(plan: str, **overrides: Any) -> str:
     if failed:
         job, why = next(iter(failed.items()))
         message = f"{len(failed)} jobs failed, and are tried again by the same command; the first, {job}: {why}"
-        with contextlib.suppress(ValueError):  # nothing to report at all
+        with contextlib.suppress(ValueError), locked(folder / LOCK):  # where there is anything to report
             make_report(folder)
         raise RunsFailedError(message)
-    report, *_ = make_report(folder)
+    with locked(folder / LOCK):
+        report, *_ = make_report(folder)
     return "\n".join([f"{len(runs)} runs in {folder}", *headlines(folder), f"report: {report}"])
-
-
-def _is_done(study: Study, run: Run) -> bool:
-    """Whether its result is there.
-
-    Raises:
-        ValueError: it is that of other settings.
-    """
-    path = Path(study.output_dir) / run.path / RESULT
-    if not path.exists():
-        return False
-    try:
-        before = json.loads(path.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} must be a run's result, got something else ({error}): delete it") from None
-    now = json.loads(json.dumps(study.settings(run)))
-    differing = sorted(_differing(before, now))
-    if differing:
-        raise ValueError(
-            f"output_dir {study.output_dir!r} holds {run.path} with another {', '.join(differing)}: "
-            "name another output_dir, or delete that run"
-        )
-    return True
-
-
-def _differing(before: Any, now: Any, name: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return [
-            found for key in keys for found in _differing(before.get(key), now.get(key), f"{name}.{key}".strip("."))
-        ]
-    return [] if before == now else [name]
 
 
 def _check_recipes(study: Study) -> None:
     """Every method of every data set is parsed as a recipe before anything is trained."""
     for run in study.runs():
-        if run.seed == study.seeds[0] and study.data[run.data].task != "items":
+        if run.seed == study.seeds[0] and study.data[run.data].trains_language:
             try:
                 check_recipe(study, run)
             except (TypeError, ValueError) as error:
@@ -100,13 +75,13 @@ def _bases(study: Study, runs: Sequence[Run]) -> list[Job]:
     wanted = {
         base_folder(study, run.data, run.seed): Job(run.data, None, run.seed)
         for run in runs
-        if study.data[run.data].task != "items"
+        if study.data[run.data].trains_language
     }
     return [job for folder, job in wanted.items() if not is_ready(folder)]
 
 
 def _has_base(study: Study, run: Run) -> bool:
-    return study.data[run.data].task == "items" or is_ready(base_folder(study, run.data, run.seed))
+    return not study.data[run.data].trains_language or is_ready(base_folder(study, run.data, run.seed))
 
 
 def _do(study: Study, jobs: Sequence[Job], what: str) -> dict[Job, str]:

@@ -20,7 +20,7 @@ def response_kl(policy: Any, reference: Any, batch: Mapping[str, Tensor]) -> Ten
     Over responses that the policy sampled, its mean is an unbiased estimate of the KL of whole responses.
 
     Args:
-        policy: a causal LM, possibly with an adapter.
+        policy: a causal LM, possibly with an adapter, in evaluation mode.
         reference: another one; None: the policy without its adapter.
         batch: padded input_ids, attention_mask, completion_mask (R, T) on the models' device.
     """

@@ -4,7 +4,9 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -20,7 +22,7 @@ import torch
 from fastpo.files import replacing
 from fastpo.lab.study import Run, Study, item_settings
 
-RESULT = "result.json"
+RESULT, SETTINGS = "result.json", "settings.json"
 WORKERS_LOG = "workers.log"  # what worker processes print: the study's own process shows one bar, of all runs
 WORKER = [sys.executable, "-m", "fastpo.lab.jobs"]
 
@@ -45,7 +47,7 @@ class Outcome(NamedTuple):
 
 def base_folder(study: Study, data: str, seed: int) -> Path:
     """Of what its runs start from; data sets that differ in how methods are trained share it."""
-    settings = json.dumps(study.base_settings(data, seed), sort_keys=True)
+    settings = json.dumps({**study.base_settings(data, seed), "seed": seed}, sort_keys=True)
     return Path(study.output_dir) / "base" / hashlib.sha256(settings.encode()).hexdigest()[:16]
 
 
@@ -60,30 +62,66 @@ def do_job(study: Study, job: Job) -> None:
         from fastpo.lab.language import prepare_base
 
         folder = base_folder(study, job.data, job.seed)
-        with _locked(folder.with_suffix(".lock")):
+        with locked(folder.with_suffix(".lock")):
             prepare_base(study, job.data, job.seed, folder)
         return
     run = Run(job.data, job.method, job.seed)
     folder = Path(study.output_dir) / run.path
-    with _locked(folder.with_suffix(".lock")):
-        if (folder / RESULT).exists():
+    with locked(folder.with_suffix(".lock")):
+        if is_done(study, run):
             return
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / SETTINGS) as aside:  # of a run that is stopped, whose checkpoints are gone on from
+            aside.write_text(json.dumps(study.settings(run)) + "\n")
         start = time.perf_counter()
         found = _trained(study, run, folder)
+        if not any(map(math.isfinite, found["measures"].values())):
+            raise FloatingPointError("all measures are NaN or infinite")
         result = {"data": run.data, "method": run.method, "seed": run.seed, "settings": study.settings(run), **found}
         result["seconds"] = round(time.perf_counter() - start, 2)
         with replacing(folder / RESULT) as aside:
             aside.write_text(json.dumps(result) + "\n")
-        if study.data[run.data].task != "items":
+        if study.data[run.data].trains_language:
             from fastpo.lab.language import drop_checkpoints
 
             drop_checkpoints(folder)
 
 
+def is_done(study: Study, run: Run) -> bool:
+    """Whether its result is there.
+
+    Raises:
+        ValueError: what is there, finished or begun, is of other settings.
+    """
+    folder = Path(study.output_dir) / run.path
+    for path in (folder / RESULT, folder / SETTINGS):
+        if path.exists():
+            try:
+                before = json.loads(path.read_text())
+                before = before["settings"] if path.name == RESULT else before
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} must be what a run left, got something else ({error}): delete it") from None
+            differing = sorted(_differing(before, json.loads(json.dumps(study.settings(run)))))
+            if differing:
+                raise ValueError(
+                    f"output_dir {study.output_dir!r} holds {run.path} with another {', '.join(differing)}: "
+                    "name another output_dir, or delete that run"
+                )
+    return (folder / RESULT).exists()
+
+
+def _differing(before: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        return [
+            found for key in keys for found in _differing(before.get(key), now.get(key), f"{name}.{key}".strip("."))
+        ]
+    return [] if before == now else [name]
+
+
 def _trained(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     plan = study.data[run.data]
-    folder.mkdir(parents=True, exist_ok=True)
-    if plan.task == "items":
+    if not plan.trains_language:
         from fastpo.lab.recommender import train_items
 
         return train_items(plan.of(run.seed), *item_settings(study.settings(run)["training"]), seed=run.seed)
@@ -129,7 +167,7 @@ def _keep_busy(study: Study, number: int, waiting: Any, finished: Any) -> None:
     """Give a worker process one job after the other, and replace it where a job kills it."""
     while not waiting.empty():
         with (Path(study.output_dir) / WORKERS_LOG).open("a") as log, _worker(study, number, log) as process:
-            alive = _tell(process, study.to_json())
+            alive = _tell(process, pickle.dumps(study).hex())
             while alive:
                 try:
                     job = waiting.get_nowait()
@@ -156,8 +194,9 @@ def _tell(process: subprocess.Popen[str], line: str) -> bool:
 def _worker(study: Study, number: int, log: IO[str]) -> subprocess.Popen[str]:
     """A process that does the jobs which it reads; it ends when this one does, or stops to feed it."""
     env = {**os.environ, "OMP_NUM_THREADS": str(study.threads), "TQDM_DISABLE": "1"}
-    if torch.cuda.device_count() > 1:
-        env["CUDA_VISIBLE_DEVICES"] = str(number % torch.cuda.device_count())
+    if (count := torch.cuda.device_count()) > 1:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+        env["CUDA_VISIBLE_DEVICES"] = visible[number % count]
     return subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env)
 
 
@@ -166,7 +205,8 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the study's to stop
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints
-    study, jobs = Study.from_json(sys.stdin.readline()), queue.SimpleQueue[Job]()
+    study: Study = pickle.loads(bytes.fromhex(sys.stdin.readline()))
+    jobs = queue.SimpleQueue[Job]()
 
     def read() -> None:
         for line in sys.stdin:
@@ -188,7 +228,7 @@ def _attempt(study: Study, job: Job) -> Outcome:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time; the system gives the lock back, however a process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

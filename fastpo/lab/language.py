@@ -1,5 +1,6 @@
 """A study's runs on language models: the base model of a seed's data, and training from it by each method."""
 
+import functools
 import json
 import shutil
 import tempfile
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import AutoModelForCausalLM, PrinterCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 
 from fastpo.checkpoints import newest_checkpoint
 from fastpo.data import Text
@@ -110,6 +111,9 @@ def run_language(study: Study, run: Run, base: Path, folder: Path) -> dict[str, 
 def check_recipe(study: Study, run: Run) -> None:
     """Raise ValueError or TypeError for a run whose settings are no recipe."""
     settings = study.settings(run)
+    for part in ("training", "base", "judge"):
+        if "model_name_or_path" in settings[part]:
+            _check_model(settings[part]["model_name_or_path"])
     recipes = [{**settings["training"], "stage": "dpo", "model_name_or_path": _start(settings, Path("base"))}]
     if settings["base"]:
         recipes.append({**settings["base"], "stage": "sft"})
@@ -120,6 +124,14 @@ def check_recipe(study: Study, run: Run) -> None:
             path = Path(folder, "recipe.yaml")
             path.write_text(yaml.safe_dump({**COMMON, "dataset": "train.jsonl", **recipe, "output_dir": folder}))
             parse_recipe(str(path), [])
+
+
+@functools.cache
+def _check_model(name: str) -> None:
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model_name_or_path must name a model, got {name!r}: {error}") from error
 
 
 def _train(recipe: dict[str, Any], path: Path, watch: Any = None, save: bool = True) -> StageTrainer:

@@ -83,9 +83,12 @@ class PlantedItems:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "flips", as_flips(self.flips))
-        check_sizes(train_pairs=self.train_pairs, held_out_pairs=self.held_out_pairs, logged_slates=self.logged_slates)
-        if self.items < 2:
-            raise ValueError(f"items must be >= 2, got {self.items!r}")
+        check_sizes(
+            train_pairs=self.train_pairs, held_out_pairs=self.held_out_pairs, logged_slates=self.logged_slates,
+            items=self.items,
+        )  # fmt: skip
+        if self.items <= 2 * LONGEST:  # slates would be much the same
+            raise ValueError(f"items must be > {2 * LONGEST}, got {self.items!r}")
         check_probability("length_bias", self.length_bias)
         _ = self.kinds
 
@@ -159,8 +162,7 @@ class PlantedItems:
     def _slate(self, kind: Kind, taste: Tensor, rng: random.Random, generator: torch.Generator) -> list[int]:
         """Different items, as users of the group come across them."""
         logits = self.world.habits[kind.name] + self.world.vectors @ taste
-        size = min(rng.randint(SHORTEST, LONGEST), self.items)
-        return torch.multinomial(logits.softmax(0), size, generator=generator).tolist()
+        return torch.multinomial(logits.softmax(0), rng.randint(SHORTEST, LONGEST), generator=generator).tolist()
 
     def _rng(self, part: str) -> random.Random:
         return random.Random(f"planted items {self.seed} {part}")

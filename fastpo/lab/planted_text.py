@@ -113,15 +113,16 @@ class PlantedText:
         """prompt, chosen, rejected, kind and rater_agrees (whether the label is right), as the kind's raters label."""
         rows = self._pairs("train", TRAINING_NAMES, self.train_pairs)
         return self._judged(
+            "train",
             [
                 row if row["rater_agrees"] else {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
                 for row in rows
-            ]
+            ],
         )
 
     def held_out_rows(self) -> list[dict[str, Any]]:
         """The same with the truly better response as chosen, whether or not a rater would have chosen it."""
-        return self._judged(self._pairs("held out", HELD_OUT_NAMES, self.held_out_pairs))
+        return self._judged("held out", self._pairs("held out", HELD_OUT_NAMES, self.held_out_pairs))
 
     def true_reward(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float]:
         """Mean value of the words that follow a completion's opening; a word that has none counts 0.
@@ -130,11 +131,11 @@ class PlantedText:
         """
         return [self._reward(_said_words(text)) for text in completions]
 
-    def _judged(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _judged(self, part: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """With the judge's scores, if there is one."""
         if self.judge_noise is None:
             return rows
-        rng = self._rng(f"judge of {len(rows)}")
+        rng = self._rng(f"judge of {part}")
         scores = {
             f"score_{side}": [
                 reward + rng.gauss(0, self.judge_noise) for reward in self.true_reward([], [row[side] for row in rows])

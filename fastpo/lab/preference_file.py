@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from fastpo.data import BadRowError, Pair, find_form, read_dataset
+from fastpo.lab.kinds import check_sizes
+from fastpo.reward_functions import load_reward_function
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,21 @@ class PreferenceFile:
     language: str = "en"
 
     def __post_init__(self) -> None:
-        for name in ("held_out", "max_samples"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        check_sizes(held_out=self.held_out, **({} if self.max_samples is None else {"max_samples": self.max_samples}))
         if self.reward_model and self.reward_funcs:
             raise ValueError("reward_model must be None with reward_funcs, got both")
 
     def check(self) -> None:
-        """Read the file.
+        """Read the file, and find the reward function.
 
         Raises:
-            ValueError: it cannot be read, has no pairs, or too few rows.
+            ValueError: it cannot be read, has no pairs, or too few rows; or there is no such function.
         """
-        if len(self._held_out) == len(self._rows):
+        if self.reward_funcs is not None:
+            load_reward_function(self.reward_funcs)
+        if len(self._held_out) == len(self.rows):
             raise ValueError(
-                f"held_out must leave some of the {len(self._rows)} rows of {self.dataset}, got {self.held_out}"
+                f"held_out must leave some of the {len(self.rows)} rows of {self.dataset}, got {self.held_out}"
             )
 
     def base_rows(self) -> list[dict[str, Any]]:
@@ -63,25 +64,26 @@ class PreferenceFile:
         return [{"prompt": pair.prompt, "completion": side} for pair in pairs for side in (pair.chosen, pair.rejected)]
 
     def train_rows(self) -> list[dict[str, Any]]:
-        return [row for i, row in enumerate(self._rows) if i not in self._held_out]
+        return [row for i, row in enumerate(self.rows) if i not in self._held_out]
 
     def held_out_rows(self) -> list[dict[str, Any]]:
         """So many rows, or a few more: those of one prompt are held out together."""
-        return [row for i, row in enumerate(self._rows) if i in self._held_out]
+        return [row for i, row in enumerate(self.rows) if i in self._held_out]
 
     @cached_property
-    def _rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
+        """Those that are used, as they stand in the file."""
         rows = read_dataset(self.dataset, self.dataset_split)
         return (rows if self.max_samples is None else rows.select(range(min(self.max_samples, len(rows))))).to_list()
 
     @cached_property
     def _form(self) -> Callable[[Mapping[str, Any]], Pair]:
-        return find_form(list(self._rows[0]), "dpo", self.dataset)
+        return find_form(list(self.rows[0]), "dpo", self.dataset)
 
     @cached_property
     def _held_out(self) -> set[int]:
         of_prompt: dict[str, list[int]] = {}
-        for i, row in enumerate(self._rows):
+        for i, row in enumerate(self.rows):
             try:
                 prompt = self._form(row).prompt
             except BadRowError as error:

@@ -1,8 +1,9 @@
 """Measures a language model while it trains and when it has: held-out pairs, samples, KL, s(x)."""
 
 import contextlib
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -91,28 +92,47 @@ class Probe(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         points = self.evaluation.points
-        if state.global_step in {round(state.max_steps * (i + 1) / points) for i in range(points)}:
-            self._note(state)
+        for i in range(1, points + 1):
+            if state.global_step == round(state.max_steps * i / points):
+                self._note(state, i / points)
 
-    def _note(self, state: Any) -> None:
+    def _note(self, state: Any, fraction: float = 0.0) -> None:
         rows = range(min(self.evaluation.pairs, len(self.held_out.tokens)))
-        margins = self.preferences(self.held_out.tokens.select(rows)).margins
-        found = {"margin": margins.double().mean().item(), **self.sample_measures(self.evaluation.prompts)}
+        with self._measuring():
+            margins = self.preferences(self.held_out.tokens.select(rows)).margins
+            found = {"margin": margins.double().mean().item(), **self.sample_measures(self.evaluation.prompts)}
         if margins.abs().max() > ROUNDING:
             found["accuracy"] = (margins > 0).double().mean().item()
-        place = {"step": state.global_step, "fraction": state.global_step / state.max_steps}
-        self.course.append({**place, **found})
+        # The fraction is the point's, the same for seeds whose steps differ by one.
+        self.course.append({"step": state.global_step, "fraction": fraction, **found})
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Evaluation mode, whose randomness training does not see, and a beta that no batch moves."""
+        trainer, model = self.trainer, self.trainer.model
+        modes = [(module, module.training) for module in model.modules()]
+        device = causal_lm(model).device
+        objective, trainer.objective = trainer.objective, dataclasses.replace(trainer.objective, batch_beta_coef=0.0)
+        model.eval()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                yield
+        finally:
+            trainer.objective = objective
+            for module, training in modes:
+                module.training = training
 
     # --- measures ---------------------------------------------------------------------------------------------------
 
     def final(self) -> dict[str, Any]:
         """measures, and of each planted kind its own, on all held-out pairs."""
-        held_out, found = self.held_out, self.preferences(self.held_out.tokens)
+        held_out = self.held_out
+        with self._measuring():
+            found, s = self.preferences(held_out.tokens), self.scales()
+            samples = self.sample_measures(self.evaluation.final_prompts, texts=True)
         agrees = torch.tensor([row.get("rater_agrees", True) for row in held_out.rows])
-        measures = preference_measures(*found, agrees)
-        measures |= self.sample_measures(self.evaluation.final_prompts, texts=True)
-        names = [row["kind"] for row in held_out.rows] if held_out.kinds else None
-        s, kinds = self.scales(), held_out.kinds
+        measures = {**preference_measures(*found, agrees), **samples}
+        names, kinds = [row["kind"] for row in held_out.rows] if held_out.kinds else None, held_out.kinds
         if s is not None:
             measures |= scale_measures(s, [kinds[name] for name in names] if kinds and names else None)
         by_kind = kind_measures(kinds, names, found.margins, s) if kinds and names else {}
@@ -126,8 +146,7 @@ class Probe(TrainerCallback, ExportableState):
         """
         trainer, margins, variances = self.trainer, [], []
         gaussian = "disco" in trainer.objective.comparisons
-        training, model = trainer.model.training, trainer.model
-        model.eval()
+        model = trainer.model
         for batch in trainer.get_eval_dataloader(rows):
             inputs = trainer._prepare_inputs(batch)
             with trainer.compute_loss_context_manager():
@@ -135,7 +154,6 @@ class Probe(TrainerCallback, ExportableState):
                 if gaussian:
                     both = model_stats(model, inputs, Wanted(variance=True))["variance"].chunk(2)
                     variances.append(sum(both).clamp(min=trainer.objective.variance_floor).float().cpu())
-        model.train(training)
         margin = torch.cat(margins)
         variance = torch.cat(variances) if gaussian else None
         return Preferences(margin, log_preference(margin, variance), log_preference(-margin, variance))
@@ -145,9 +163,8 @@ class Probe(TrainerCallback, ExportableState):
         win_rate, with texts also bleu, chrf and rouge_l."""
         rows = self._prompts(count)
         drawn = self._draw(rows)
-        batch = batch_of(drawn, causal_lm(self.trainer.model).device)
         found = {
-            "kl": response_kl(self.trainer.model, self.reference, batch).double().mean().item(),
+            "kl": self._kl(drawn).double().mean().item(),
             "length": sum(len(one.ids) for one in drawn.completions) / len(rows),
             "finished": sum(one.finished for one in drawn.completions) / len(rows),
         }
@@ -159,6 +176,15 @@ class Probe(TrainerCallback, ExportableState):
             wanted = [_plain(self.pairs[i].chosen) for i in range(len(rows))]
             found |= text_quality([_plain(text) for text in drawn.texts], wanted, self.held_out.language)
         return found
+
+    def _kl(self, drawn: Drawn) -> Tensor:
+        size, device = self.evaluation.batch_size, causal_lm(self.trainer.model).device
+        found = []
+        for first in range(0, len(drawn.rows), size):
+            part = slice(first, first + size)
+            batch = batch_of(Drawn(drawn.rows[part], drawn.completions[part], drawn.texts[part]), device)
+            found.append(response_kl(self.trainer.model, self.reference, batch).cpu())
+        return torch.cat(found)
 
     def scales(self) -> Tensor | None:
         """s(x) (N,) of the held-out prompts; None where beta is not learned."""

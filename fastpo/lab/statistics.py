@@ -67,7 +67,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(values: Sequence[float], against: Sequence[float]) -> Difference:
-    """Mean of values[i] - against[i] with its interval and tests.
+    """Mean of values[i] - against[i] with its interval and tests; none of these where all differ by the same.
 
     Raises:
         ValueError: the lengths differ, there are no pairs, or a value is not finite.
@@ -78,6 +78,8 @@ def paired_difference(values: Sequence[float], against: Sequence[float]) -> Diff
     interval = mean_interval(differences)
     if interval.n < 2:
         return Difference(interval, None, None)
+    if len(set(differences)) == 1 and differences[0]:  # by chance, of a few: no spread to judge by
+        return Difference(Interval(interval.mean, None, None, interval.n), None, None)
     return Difference(interval, _p_t(differences, interval.mean), _p_wilcoxon(differences))
 
 
@@ -108,8 +110,6 @@ def _standard_error(values: Sequence[float], mean: float) -> float:
 def _p_t(differences: Sequence[float], mean: float) -> float:
     if not any(differences):
         return 1.0
-    if len(set(differences)) == 1:  # no spread: the statistic is infinite
-        return 0.0
     return float(2 * stats.t.sf(abs(mean) / _standard_error(differences, mean), len(differences) - 1))
 
 
