@@ -16,11 +16,11 @@ from datasets import Dataset
 from tiny import SHAPE
 
 from fastpo.cli import main
+from fastpo.lab.folder import Run
 from fastpo.lab.jobs import Job, base_folder, do_all, do_job
 from fastpo.lab.language import run_language
 from fastpo.lab.plan_file import read_study
 from fastpo.lab.probe import Probe
-from fastpo.lab.study import Run
 from fastpo.planted import planted_preferences
 
 TEXT = {"task": "text", "train_pairs": 24, "held_out_pairs": 40, "base_responses": 24, "words": 16}

@@ -17,7 +17,7 @@ from scipy import stats
 from fastpo.lab.report import make_report
 from fastpo.lab.report_words import number, p_value, sentence, verdict
 from fastpo.lab.statistics import Difference, Interval, holm, mean_interval, paired_difference
-from fastpo.lab.summary import read_study
+from fastpo.lab.summary import read_results
 
 VOID = {"meta", "link", "br", "wbr", "hr", "img", "input"}
 METHODS = ("dpo", "ledpo", "ipo", "<b>&\"x'")
@@ -286,7 +286,7 @@ def test_tables(reported: Path) -> None:
     results = rows(reported / "results.csv")
     assert len(results) == 22
     assert {row["margin"] for row in results if "margin" in row} <= {""}
-    study = read_study(reported)
+    study = read_results(reported)
     summary = {(r["data"], r["method"], r["measure"]): r for r in rows(reported / "summary.csv")}
     assert summary.keys() == study.intervals.keys()
     accuracies = [float(r["accuracy"]) for r in results if (r["data"], r["method"]) == (DATA[0], "ledpo")]

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from fastpo.lab.folder import Run
 from fastpo.lab.plan_file import read_study
 from fastpo.lab.recommender import ItemTraining
-from fastpo.lab.study import Run, item_settings, objective_of
+from fastpo.lab.study import item_settings, objective_of
 
 ROOT = Path(__file__).parents[1]
 PLAN: dict[str, Any] = {

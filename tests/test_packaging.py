@@ -149,6 +149,7 @@ MAY_IMPORT: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "yaml"},
     ),
     "fastpo.integrations.llamafactory_recipes.datasets": ({"fastpo.data"}, {"datasets", "numpy"}),
+    "fastpo.lab.folder": (set(), set()),
     "fastpo.lab.kinds": (set(), set()),
     "fastpo.lab.planted_text": ({"fastpo.lab.kinds"}, set()),
     "fastpo.lab.planted_items": ({"fastpo.lab.kinds"}, {"torch"}),

@@ -22,7 +22,7 @@ from fastpo.lab.chart_style import (
 from fastpo.lab.charts import Points, over_training
 from fastpo.lab.report_words import range_of
 from fastpo.lab.statistics import Interval, mean_interval
-from fastpo.lab.summary import Run, Study, is_number
+from fastpo.lab.summary import Finished, Results, is_number
 
 TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8, 16)
 FINE_TICKS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.2, 1.5, 2, 2.5)  # for less than two doublings
@@ -30,7 +30,7 @@ BINS = 36
 FLAT = 1.25  # a scale whose ends are nearer to each other than this is not drawn as a logarithm
 
 
-def learned(study: Study, data: str) -> list[str]:
+def learned(study: Results, data: str) -> list[str]:
     """Methods with a beta of their own for each prompt."""
     return [
         method
@@ -39,7 +39,7 @@ def learned(study: Study, data: str) -> list[str]:
     ]
 
 
-def kinds_of(runs: Iterable[Run]) -> dict[str, list[tuple[float, bool, list[float]]]]:
+def kinds_of(runs: Iterable[Finished]) -> dict[str, list[tuple[float, bool, list[float]]]]:
     """Sort of kinds -> (reliability, hard, s of its prompts) of each run that has s: reliable first, easy before hard.
 
     Kinds of the same reliability and difficulty are of one sort, whatever their names, to which each seed deals others.
@@ -62,7 +62,7 @@ def kinds_of(runs: Iterable[Run]) -> dict[str, list[tuple[float, bool, list[floa
     }
 
 
-def scale_bounds(study: Study, data: str, methods: Sequence[str]) -> tuple[float, float] | None:
+def scale_bounds(study: Results, data: str, methods: Sequence[str]) -> tuple[float, float] | None:
     """Least and greatest s(x) of some methods with a little room, the scale that their charts share."""
     values = [
         x for m in methods for seeds in kinds_of(study.runs[data, m]).values() for *_, s in seeds for x in s
@@ -73,7 +73,7 @@ def scale_bounds(study: Study, data: str, methods: Sequence[str]) -> tuple[float
     return low / 1.05, high * 1.05
 
 
-def histograms(runs: Sequence[Run], bounds: tuple[float, float], figure_name: str, label: str) -> str:
+def histograms(runs: Sequence[Finished], bounds: tuple[float, float], figure_name: str, label: str) -> str:
     """One ridge a kind, of s(x) over all seeds; hard kinds are paler and have a dashed outline."""
     kinds = kinds_of(runs)
     edges = np.geomspace(*bounds, BINS + 1)
@@ -103,7 +103,7 @@ def histograms(runs: Sequence[Run], bounds: tuple[float, float], figure_name: st
         return to_svg(figure, figure_name, label)
 
 
-def against_reliability(runs: Sequence[Run], bounds: tuple[float, float], figure_name: str, label: str) -> str:
+def against_reliability(runs: Sequence[Finished], bounds: tuple[float, float], figure_name: str, label: str) -> str:
     """Mean s(x) of each kind over its reliability, with intervals over the seeds; hard kinds hollow."""
     with drawing(PANEL, 180) as (figure, axes):
         for kind, seeds in kinds_of(runs).items():
@@ -126,7 +126,7 @@ def against_reliability(runs: Sequence[Run], bounds: tuple[float, float], figure
         return to_svg(figure, figure_name, label)
 
 
-def kind_mean_bounds(study: Study, data: str, methods: Sequence[str]) -> tuple[float, float]:
+def kind_mean_bounds(study: Results, data: str, methods: Sequence[str]) -> tuple[float, float]:
     """A scale for `against_reliability` that several methods share."""
     ends = [0.98, 1.02]
     for method in methods:
@@ -136,7 +136,7 @@ def kind_mean_bounds(study: Study, data: str, methods: Sequence[str]) -> tuple[f
     return min(ends) / 1.03, max(ends) * 1.03
 
 
-def trajectories(study: Study, data: str, methods: Sequence[str], figure_name: str) -> dict[str, str]:
+def trajectories(study: Results, data: str, methods: Sequence[str], figure_name: str) -> dict[str, str]:
     """Beta over training of each method that logged it, all on one scale: mean, one deviation, least and greatest."""
     parts = ("mean", "std", "min", "max")
     found: dict[str, dict[str, dict[float, float]]] = {}
@@ -174,7 +174,7 @@ def trajectories(study: Study, data: str, methods: Sequence[str], figure_name: s
     return charts
 
 
-def ranges(study: Study, data: str, methods: Sequence[str], figure_name: str) -> str | None:
+def ranges(study: Results, data: str, methods: Sequence[str], figure_name: str) -> str | None:
     """Least to greatest s(x), mean and one deviation of each method, means over the seeds; None without them."""
     found = {
         method: [study.intervals[data, method, f"s/{part}"].mean for part in ("min", "mean", "std", "max")]
@@ -204,7 +204,7 @@ def ranges(study: Study, data: str, methods: Sequence[str], figure_name: str) ->
 
 
 def regularizers(
-    study: Study, data: str, methods: Sequence[str], lines: dict[str, Line], figure_name: str
+    study: Results, data: str, methods: Sequence[str], lines: dict[str, Line], figure_name: str
 ) -> dict[str, str]:
     """Values of each regulariser over training, a chart a method, all on one scale."""
     found: dict[str, dict[str, dict[float, float]]] = {}
@@ -231,14 +231,14 @@ def regularizers(
     return charts
 
 
-def regularizer_names(study: Study, data: str) -> list[str]:
+def regularizer_names(study: Results, data: str) -> list[str]:
     """Those that some run on a data set logged."""
     prefix = "regularizers/"
     rows = [row for (where, _), runs in study.runs.items() if where == data for run in runs for row in run.training]
     return sorted({name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)})
 
 
-def _training(run: Run) -> list[dict[str, object]]:
+def _training(run: Finished) -> list[dict[str, object]]:
     return run.training
 
 

@@ -9,13 +9,13 @@ from fastpo.lab import chart_style as style
 from fastpo.lab.chart_style import INK, MUTED, OPEN, SERIES, SURFACE, WIDTH, Line, drawing, tip, to_svg
 from fastpo.lab.report_words import measure, number, plus_minus, range_of, verdict
 from fastpo.lab.statistics import Interval, mean_interval
-from fastpo.lab.summary import Corrected, Run, Study, is_number
+from fastpo.lab.summary import Corrected, Finished, Results, is_number
 
 ROW = 19  # units a row of a chart with names takes
 Points = list[tuple[float, Interval]]
 
 
-def over_training(runs: Iterable[Run], part: Callable[[Run], list[dict[str, Any]]], x: str, y: str) -> Points:
+def over_training(runs: Iterable[Finished], part: Callable[[Finished], list[dict[str, Any]]], x: str, y: str) -> Points:
     """(x, interval of y over the runs) of the logged points that have both, x upward."""
     found: dict[float, list[float]] = {}
     for run in runs:
@@ -25,7 +25,7 @@ def over_training(runs: Iterable[Run], part: Callable[[Run], list[dict[str, Any]
     return [(place, mean_interval(values)) for place, values in sorted(found.items())]
 
 
-def forest(study: Study, data: str, name: str, methods: Sequence[str], figure_name: str) -> str:
+def forest(study: Results, data: str, name: str, methods: Sequence[str], figure_name: str) -> str:
     """Means with intervals and a dot for each seed, in the order given, which is from the top."""
     shown = measure(name)
     rows = [method for method in methods if (data, method, name) in study.intervals]
@@ -74,7 +74,7 @@ def differences(found: dict[str, Corrected], against: str, name: str, figure_nam
         )
 
 
-def courses(study: Study, data: str, lines: dict[str, Line], name: str, figure_name: str) -> str | None:
+def courses(study: Results, data: str, lines: dict[str, Line], name: str, figure_name: str) -> str | None:
     """A measure over training, mean and interval of each method; None where nothing was logged."""
     shown = measure(name)
     found = {
@@ -105,7 +105,7 @@ def courses(study: Study, data: str, lines: dict[str, Line], name: str, figure_n
         return to_svg(figure, figure_name, f"{shown.label} over training on {data}: {', '.join(found)}")
 
 
-def frontier(study: Study, data: str, lines: dict[str, Line], name: str, figure_name: str) -> str | None:
+def frontier(study: Results, data: str, lines: dict[str, Line], name: str, figure_name: str) -> str | None:
     """The path of a measure against KL over training; None where not both were logged."""
     shown, paths = measure(name), {}
     for method in lines:

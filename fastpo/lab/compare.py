@@ -11,15 +11,14 @@ from tqdm.auto import tqdm
 
 from fastpo.files import replacing
 from fastpo.from_recipe import check_output_dir
+from fastpo.lab.folder import LOCK, STUDY, Run
 from fastpo.lab.jobs import Job, Outcome, base_folder, do_all, is_done, locked
 from fastpo.lab.language import check_recipe, is_ready
 from fastpo.lab.plan_file import read_study
 from fastpo.lab.report import headlines, make_report
-from fastpo.lab.study import Run, Study
+from fastpo.lab.study import Study
 
 logger = logging.getLogger(__name__)
-
-LOCK = "study.lock"
 
 
 class RunsFailedError(RuntimeError):
@@ -44,7 +43,7 @@ def compare(plan: str, **overrides: Any) -> str:
     done = {run for run in everything if is_done(study, run)}
     left = [run for run in runs if run not in done]
     _check_recipes(study)
-    with locked(folder / LOCK), replacing(folder / "study.json") as path:
+    with locked(folder / LOCK), replacing(folder / STUDY) as path:
         path.write_text(json.dumps(study.describe(), indent=2) + "\n")
     logger.info("%s: %d runs, of which %d are done already", folder, len(runs), len(runs) - len(left))
     failed = _do(study, _bases(study, left), "base models")

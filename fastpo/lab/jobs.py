@@ -20,10 +20,9 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from fastpo.files import replacing
-from fastpo.lab.study import Run, Study, item_settings
+from fastpo.lab.folder import RESULT, SETTINGS, WORKERS_LOG, Run
+from fastpo.lab.study import Study, item_settings
 
-RESULT, SETTINGS = "result.json", "settings.json"
-WORKERS_LOG = "workers.log"  # what worker processes print: the study's own process shows one bar, of all runs
 WORKER = [sys.executable, "-m", "fastpo.lab.jobs"]
 
 

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback
 from fastpo.checkpoints import newest_checkpoint
 from fastpo.data import Text
 from fastpo.files import replacing
+from fastpo.lab.folder import Run
 from fastpo.lab.probe import HeldOut, Probe, Reward
-from fastpo.lab.study import Run, Study
+from fastpo.lab.study import Study
 from fastpo.preemption import SaveOnSigterm
 from fastpo.recipe import parse_recipe
 from fastpo.reward_functions import function_rewards, load_reward_function

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from fastpo.fingerprint import rows_fingerprint
+from fastpo.lab.folder import Comparison
 from fastpo.lab.kinds import check_sizes
 from fastpo.lab.preference_file import PreferenceFile
 from fastpo.lab.study import (
     OBJECTIVE_NAMES,
     TASKS,
-    Comparison,
     DataPlan,
     Evaluation,
     Study,

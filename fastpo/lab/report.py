@@ -23,7 +23,7 @@ from fastpo.lab.report_tables import (
     tally,
 )  # fmt: skip
 from fastpo.lab.report_words import counted, duration, flow, listed, measure, sentence
-from fastpo.lab.summary import Study, read_study, write_tables
+from fastpo.lab.summary import Results, read_results, write_tables
 
 REPORT_FILE = "report.html"
 MOST_LINES = 7  # of a chart, besides the baseline's
@@ -39,11 +39,11 @@ def make_report(folder: str | Path) -> list[Path]:
         The files' paths.
 
     Raises:
-        ValueError: as `read_study`.
+        ValueError: as `read_results`.
         SaveError: a file cannot be written; what was there is whole.
     """
     folder = Path(folder)
-    study = read_study(folder)
+    study = read_results(folder)
     text = _page(study)
     with replacing(folder / REPORT_FILE) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -54,13 +54,13 @@ def headlines(folder: str | Path) -> list[str]:
     """A sentence for each data set: what the study's first comparison says.
 
     Raises:
-        ValueError: as `read_study`.
+        ValueError: as `read_results`.
     """
-    study = read_study(Path(folder))
+    study = read_results(Path(folder))
     return [f"{data}: {said}" for data in study.data if (said := _headline(study, data))]
 
 
-def _headline(study: Study, data: str) -> str:
+def _headline(study: Results, data: str) -> str:
     """Of the first comparison's first method; nothing where no comparison has finished pairs."""
     found = answer(study, data)
     if found is None:
@@ -71,7 +71,7 @@ def _headline(study: Study, data: str) -> str:
     return sentence(method, against, corrected.difference, main, corrected.p_holm, len(differences))
 
 
-def _page(study: Study) -> str:
+def _page(study: Results) -> str:
     anchors = {data: f"data-{place}" for place, data in enumerate(study.data)}
     contents = [Entry("main", "The answer")]
     sections = [_top(study, anchors)]
@@ -85,7 +85,7 @@ def _page(study: Study) -> str:
     return page(study.title, contents, "\n".join(sections))
 
 
-def _top(study: Study, anchors: dict[str, str]) -> str:
+def _top(study: Results, anchors: dict[str, str]) -> str:
     runs = [run for found in study.runs.values() for run in found]
     expected = sum(len(plan.get("methods", study.methods)) for plan in study.data.values()) * len(study.seeds)
     facts = [
@@ -125,7 +125,7 @@ def _top(study: Study, anchors: dict[str, str]) -> str:
     return "\n".join(parts)
 
 
-def _data_section(study: Study, data: str, anchor: str) -> tuple[str, list[Entry]]:
+def _data_section(study: Results, data: str, anchor: str) -> tuple[str, list[Entry]]:
     """HTML, and its lines of the table of contents."""
     name = study.main_measure(data)
     known = study.data[data]
@@ -160,11 +160,11 @@ def _data_section(study: Study, data: str, anchor: str) -> tuple[str, list[Entry
     return "\n".join([*parts, "</section>"]), under
 
 
-def _second(study: Study, data: str, main: str | None) -> str | None:
+def _second(study: Results, data: str, main: str | None) -> str | None:
     return next((name for name in SECOND if name != main and name in study.measures(data)), None)
 
 
-def _forest(study: Study, data: str, name: str, anchor: str) -> str:
+def _forest(study: Results, data: str, name: str, anchor: str) -> str:
     better = measure(name).better or 1
     rows = [method for method in study.ran(data) if (data, method, name) in study.intervals]
     rows.sort(key=lambda method: -better * study.intervals[data, method, name].mean)
@@ -173,7 +173,7 @@ def _forest(study: Study, data: str, name: str, anchor: str) -> str:
     return figure(f"{_capital(measure(name).label)} of each method", note, chart)
 
 
-def _comparison(study: Study, data: str, title: str, anchor: str) -> str:
+def _comparison(study: Results, data: str, title: str, anchor: str) -> str:
     """One comparison on one data set; nothing where it has no finished pairs."""
     main, comparison = study.main_measure(data), study.comparisons[title]
     found = of_comparison(study, data, title, main) if main else {}
@@ -211,7 +211,7 @@ def _comparison(study: Study, data: str, title: str, anchor: str) -> str:
     return "\n".join(parts)
 
 
-def _differences(study: Study, data: str, title: str, name: str, anchor: str) -> str:
+def _differences(study: Results, data: str, title: str, name: str, anchor: str) -> str:
     found, against = of_comparison(study, data, title, name), study.comparisons[title].against
     if not found:
         return ""
@@ -222,14 +222,14 @@ def _differences(study: Study, data: str, title: str, name: str, anchor: str) ->
     return figure(f"{_capital(measure(name).label)}: difference from {against}", note, chart)
 
 
-def _drawn(study: Study, data: str, methods: Sequence[str], name: str) -> list[str]:
+def _drawn(study: Results, data: str, methods: Sequence[str], name: str) -> list[str]:
     """The best of them, as many as a chart can show, in their order."""
     better = measure(name).better or 1
     best = sorted(methods, key=lambda method: -better * study.intervals[data, method, name].mean)[:MOST_LINES]
     return [method for method in methods if method in best]
 
 
-def _beta(study: Study, data: str, anchor: str) -> str:
+def _beta(study: Results, data: str, anchor: str) -> str:
     methods = beta_charts.learned(study, data)
     if not methods:
         return ""
@@ -291,12 +291,12 @@ def _looks() -> list[Line]:
     return list(lines_of("", names, names).values())[1:]
 
 
-def _order(study: Study) -> list[str]:
+def _order(study: Results) -> list[str]:
     """Methods in the order in which comparisons name them."""
     return list(dict.fromkeys(method for c in study.comparisons.values() for method in c.methods))
 
 
-def _reliability_key(study: Study, data: str, methods: Sequence[str]) -> str:
+def _reliability_key(study: Results, data: str, methods: Sequence[str]) -> str:
     kinds = (seeds[0] for m in methods for seeds in beta_charts.kinds_of(study.runs[data, m]).values())
     items = "".join(
         f'<li><svg class="swatch" viewBox="0 0 14 12" aria-hidden="true"><path d="M0 0h14v12H0z" '
@@ -306,19 +306,19 @@ def _reliability_key(study: Study, data: str, methods: Sequence[str]) -> str:
     return f'<ul class="legend"><li>right labels:</li>{items}</ul>'
 
 
-def _calibration(study: Study, data: str, anchor: str) -> str:
+def _calibration(study: Results, data: str, anchor: str) -> str:
     found = [name for name in ("ece", "nll") if name in study.measures(data)]
     return f'<div class="grid">{"".join(_forest(study, data, name, anchor) for name in found)}</div>' if found else ""
 
 
-def _methods(study: Study) -> str:
+def _methods(study: Results) -> str:
     parts = ['<section id="methods"><h2>Methods</h2>', methods_table(study)]
     if study.missing():
         parts.append('<h3 id="missing">Runs that are not finished</h3>' + missing_table(study))
     return "\n".join([*parts, "</section>"])
 
 
-def _reading(study: Study) -> str:
+def _reading(study: Results) -> str:
     files = listed([f"<code>{n}</code>" for n in ("results.csv", "summary.csv", "comparisons.csv", "summary.json")])
     return (
         '<section id="reading"><h2>How to read this</h2>'

@@ -19,13 +19,13 @@ from fastpo.lab.report_words import (
     verdict,
 )  # fmt: skip
 from fastpo.lab.statistics import Difference, Interval, mean_interval
-from fastpo.lab.summary import Corrected, Study
+from fastpo.lab.summary import Corrected, Results
 
 ALPHA = 0.05
 VERDICTS = {"better": "better", "worse": "worse", "more": "more", "less": "less", "open": "no difference shown"}
 
 
-def of_comparison(study: Study, data: str, title: str, name: str) -> dict[str, Corrected]:
+def of_comparison(study: Results, data: str, title: str, name: str) -> dict[str, Corrected]:
     """method -> difference, of a comparison's methods that have one, in its order."""
     return {
         method: study.differences[key]
@@ -34,7 +34,7 @@ def of_comparison(study: Study, data: str, title: str, name: str) -> dict[str, C
     }
 
 
-def answer(study: Study, data: str) -> tuple[str, dict[str, Corrected], str] | None:
+def answer(study: Results, data: str) -> tuple[str, dict[str, Corrected], str] | None:
     """Comparison, differences and measure that answer for a data set: of the first comparison that has any.
 
     The method in front is the first that the study names, not the one that came out best.
@@ -47,7 +47,7 @@ def answer(study: Study, data: str) -> tuple[str, dict[str, Corrected], str] | N
     return None
 
 
-def card(study: Study, data: str, anchor: str, reach: float) -> str:
+def card(study: Results, data: str, anchor: str, reach: float) -> str:
     """The answer for one data set.
 
     Args:
@@ -95,7 +95,7 @@ def tally(differences: dict[str, Corrected], against: str, name: str) -> str:
     return f"{start}, {'; '.join(said) if said else 'none differs'}."
 
 
-def overview(study: Study) -> str:
+def overview(study: Results) -> str:
     """Difference of each method from the baseline on each data set, in its main measure."""
     columns = {data: name for data in study.data if (name := study.main_measure(data))}
     found = {
@@ -117,7 +117,7 @@ def overview(study: Study) -> str:
     return table(head, rows, f"differences from {study.baseline} on all data")
 
 
-def measures_table(study: Study, data: str) -> str:
+def measures_table(study: Results, data: str) -> str:
     """Methods by measures: mean and half the interval, the best of each measure marked."""
     names = study.measures(data)
     best = {name: best_of(study, data, name) for name in names}
@@ -136,7 +136,7 @@ def measures_table(study: Study, data: str) -> str:
     return _with_baseline(table(head, rows, f"measures of all methods on {data}"))
 
 
-def differences_table(study: Study, data: str, title: str) -> str:
+def differences_table(study: Results, data: str, title: str) -> str:
     """Differences of a comparison in all measures, and the main one's p-values."""
     main = study.main_measure(data)
     names = [name for name in study.measures(data) if of_comparison(study, data, title, name)]
@@ -166,7 +166,7 @@ def differences_table(study: Study, data: str, title: str) -> str:
     return table(head, rows, f"differences of {title} on {data}")
 
 
-def scales_table(study: Study, data: str, methods: Sequence[str]) -> str:
+def scales_table(study: Results, data: str, methods: Sequence[str]) -> str:
     """What s(x) of the methods with a learned beta came to."""
     names = [n for n in study.measures(data) if n.startswith("s/") or n == study.main_measure(data)]
     rows = [[_head(method), *(_interval_cell(study, data, method, name) for name in names)] for method in methods]
@@ -174,7 +174,7 @@ def scales_table(study: Study, data: str, methods: Sequence[str]) -> str:
     return table(head, rows, f"s(x) on {data}")
 
 
-def methods_table(study: Study) -> str:
+def methods_table(study: Results) -> str:
     """Formula, settings and mean seconds of a run of each method."""
     rows = []
     for method, settings in study.methods.items():
@@ -199,7 +199,7 @@ def _formula(text: str) -> str:
     return f"<details><summary><code>{escape(first.strip())}</code></summary><code>{escape(text)}</code></details>"
 
 
-def missing_table(study: Study) -> str:
+def missing_table(study: Results) -> str:
     """Runs that are not finished."""
     rows = [
         [
@@ -212,7 +212,7 @@ def missing_table(study: Study) -> str:
     return table(["data", "method", "seeds"], rows, "runs that are not finished", "plain")
 
 
-def glossary(study: Study) -> str:
+def glossary(study: Results) -> str:
     """What each measure is."""
     rows = [
         [_head(known.short), f"<td>{escape(known.about)}</td>"]
@@ -222,7 +222,7 @@ def glossary(study: Study) -> str:
     return table(["measure", "what it is"], rows, "measures", "plain") if rows else ""
 
 
-def best_of(study: Study, data: str, name: str) -> str | None:
+def best_of(study: Results, data: str, name: str) -> str | None:
     """The method with the best mean, None where a measure has no better side or all are the same."""
     better = measure(name).better
     means = {
@@ -265,7 +265,7 @@ def _difference_cell(difference: Difference, name: str) -> str:
     return f"<td{style}>{text}<small>{plus_minus(difference.interval, name)}</small></td>"
 
 
-def _interval_cell(study: Study, data: str, method: str, name: str) -> str:
+def _interval_cell(study: Results, data: str, method: str, name: str) -> str:
     interval = study.intervals.get((data, method, name))
     if interval is None:
         return "<td></td>"

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastpo.config import PreferenceConfig
 from fastpo.explain import explain
+from fastpo.lab.folder import Comparison, Run
 from fastpo.lab.kinds import check_sizes
 from fastpo.lab.planted_items import PlantedItems
 from fastpo.lab.planted_text import PlantedText
@@ -18,20 +19,6 @@ from fastpo.yaml_arguments import nearest
 # What a plan's `task` names.
 TASKS: dict[str, type] = {"text": PlantedText, "items": PlantedItems, "preferences": PreferenceFile}
 OBJECTIVE_NAMES = {f.name for f in dataclasses.fields(PreferenceConfig)}
-
-
-class Comparison(NamedTuple):
-    """Methods that are held against one of them.
-
-    Attributes:
-        against: the method that others are measured by.
-        methods: the others.
-        about: what is asked, for the report.
-    """
-
-    against: str
-    methods: tuple[str, ...]
-    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class Study:
     training: dict[str, Any]
     evaluation: Evaluation
 
-    def runs(self) -> list["Run"]:
+    def runs(self) -> list[Run]:
         """All runs; those of one seed before those of the next, so that what is there early compares all methods."""
         return [
             Run(data, method, seed) for seed in self.seeds for data in self.data for method in self.methods_on(data)
@@ -119,7 +106,7 @@ class Study:
         own = self.data[data].methods
         return list(self.methods) if own is None else own
 
-    def settings(self, run: "Run") -> dict[str, Any]:
+    def settings(self, run: Run) -> dict[str, Any]:
         """Everything that a run's result depends on, as JSON."""
         plan = self.data[run.data]
         return {
@@ -160,19 +147,6 @@ class Study:
             "formulas": {name: explain(objective_of(settings)) for name, settings in self.methods.items()},
             "comparisons": {title: comparison._asdict() for title, comparison in self.comparisons.items()},
         }
-
-
-class Run(NamedTuple):
-    """One training run of a study."""
-
-    data: str
-    method: str
-    seed: int
-
-    @property
-    def path(self) -> str:
-        """Its folder below the study's."""
-        return f"runs/{self.data}/{self.method}/{self.seed}"
 
 
 def objective_of(settings: Mapping[str, Any]) -> PreferenceConfig:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from fastpo.files import replacing
+from fastpo.lab.folder import RESULT, RUNS, STUDY, Comparison, Run
 from fastpo.lab.statistics import Difference, Interval, holm, mean_interval, paired_difference
 
-STUDY_FILE, RESULT_FILE, RUNS = "study.json", "result.json", "runs"
 MEASURE_ORDER = (
     "accuracy", "win_rate", "reward", "kl", "margin", "nll", "ece", "length", "finished", "bleu", "chrf", "rouge_l",
     "s/reliability", "s/hard", "s/mean", "s/std", "s/min", "s/max",
@@ -18,7 +18,7 @@ MEASURE_ORDER = (
 MAIN_MEASURES = ("accuracy", "win_rate", "reward", "bleu", "chrf", "rouge_l")  # a study's answer is the first it has
 
 
-class Run(NamedTuple):
+class Finished(NamedTuple):
     """One finished run.
 
     Attributes:
@@ -40,20 +40,6 @@ class Run(NamedTuple):
     training: list[dict[str, Any]]
 
 
-class Comparison(NamedTuple):
-    """Methods held against one.
-
-    Attributes:
-        against: the method that the others are compared with.
-        methods: the others.
-        about: what the comparison asks.
-    """
-
-    against: str
-    methods: list[str]
-    about: str
-
-
 class Corrected(NamedTuple):
     """A paired difference and its p-value corrected over the methods of its comparison.
 
@@ -66,7 +52,7 @@ class Corrected(NamedTuple):
     p_holm: float | None
 
 
-class Study:
+class Results:
     """A study and those of its runs that are finished.
 
     Attributes:
@@ -80,7 +66,7 @@ class Study:
         differences: (data, comparison, method, measure) -> over the seeds that both methods have.
     """
 
-    def __init__(self, described: dict[str, Any], runs: Iterable[Run]) -> None:
+    def __init__(self, described: dict[str, Any], runs: Iterable[Finished]) -> None:
         self.name = str(described.get("name", "study"))
         self.title = str(described.get("title") or self.name)
         self.description = str(described.get("description") or "")
@@ -90,10 +76,10 @@ class Study:
         self.methods: dict[str, dict[str, Any]] = described["methods"]
         self.formulas: dict[str, str] = described.get("formulas") or {}
         self.comparisons = {
-            title: Comparison(found["against"], list(found["methods"]), str(found.get("about") or ""))
+            title: Comparison(found["against"], tuple(found["methods"]), str(found.get("about") or ""))
             for title, found in (described.get("comparisons") or {}).items()
         }
-        self.runs: dict[tuple[str, str], list[Run]] = {}
+        self.runs: dict[tuple[str, str], list[Finished]] = {}
         for run in runs:
             self.runs.setdefault((run.data, run.method), []).append(run)
         self.intervals = {
@@ -156,7 +142,7 @@ class Study:
         return found
 
 
-def read_study(folder: str | Path) -> Study:
+def read_results(folder: str | Path) -> Results:
     """The study in a folder: study.json and runs/DATA/METHOD/SEED/result.json, as many as are there.
 
     Raises:
@@ -168,18 +154,17 @@ def read_study(folder: str | Path) -> Study:
     for data in described["data"]:
         for method in described["methods"]:
             for seed in described["seeds"]:
-                path = folder / RUNS / data / method / str(seed) / RESULT_FILE
+                path = folder / Run(data, method, seed).path / RESULT
                 if path.is_file():
                     runs.append(_run(path, data, method, seed))
     if not runs:
         raise ValueError(
-            f"{folder} must hold a finished run, {RUNS}/DATA/METHOD/SEED/{RESULT_FILE} of what {STUDY_FILE} names; "
-            "got none"
+            f"{folder} must hold a finished run, {RUNS}/DATA/METHOD/SEED/{RESULT} of what {STUDY} names; got none"
         )
-    return Study(described, runs)
+    return Results(described, runs)
 
 
-def write_tables(study: Study, folder: str | Path) -> list[Path]:
+def write_tables(study: Results, folder: str | Path) -> list[Path]:
     """results.csv, summary.csv, comparisons.csv and summary.json; their paths.
 
     Raises:
@@ -218,7 +203,7 @@ def write_tables(study: Study, folder: str | Path) -> list[Path]:
     return paths
 
 
-def _row(study: Study, key: tuple[str, str, str, str], corrected: Corrected) -> dict[str, Any]:
+def _row(study: Results, key: tuple[str, str, str, str], corrected: Corrected) -> dict[str, Any]:
     data, title, method, measure = key
     interval, p_t, p_wilcoxon = corrected.difference
     return {
@@ -255,10 +240,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _described(folder: Path) -> dict[str, Any]:
-    path = folder / STUDY_FILE
+    path = folder / STUDY
     if not path.is_file():
         there = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else "no such folder"
-        raise ValueError(f"{folder} must hold {STUDY_FILE}, as `fastpo compare` leaves it; got {there}")
+        raise ValueError(f"{folder} must hold {STUDY}, as `fastpo compare` leaves it; got {there}")
     found = _read(path)
     for name, kind in {"data": dict, "methods": dict, "seeds": list, "baseline": str}.items():
         if not isinstance(found.get(name), kind) or not found[name]:
@@ -275,7 +260,7 @@ def _described(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _run(path: Path, data: str, method: str, seed: int) -> Run:
+def _run(path: Path, data: str, method: str, seed: int) -> Finished:
     found = _read(path)
     shapes = {"measures": dict, "kinds": dict, "course": list, "training": list}
     for name, kind in shapes.items():
@@ -285,7 +270,7 @@ def _run(path: Path, data: str, method: str, seed: int) -> Run:
     if not measures:
         raise ValueError(f"{path} must have 'measures', at least one of them a number; got {found.get('measures')!r}")
     seconds = found.get("seconds")
-    return Run(
+    return Finished(
         data,
         method,
         seed,
