@@ -1,6 +1,5 @@
 """`fastpo demo`: sft, then dpo, of a tiny Qwen3 on generated data; before and after, and what the head costs."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from fastpo.memory import head_memory
 from fastpo.planted import planted_preferences
 from fastpo.recipe import parse_recipe
 from fastpo.reporting import final_table
+from fastpo.resumable import write_jsonl
 from fastpo.run import prepare_training, run_training
 from fastpo.scores import per_length
 from fastpo.tiny import TINY_QWEN3, VOCAB_SIZE
@@ -36,10 +36,10 @@ def run_demo(output_dir: str) -> None:
     root = Path(output_dir)
     root.mkdir(parents=True, exist_ok=True)
     train, held_out = planted_preferences(TRAIN_ROWS, seed=1), planted_preferences(HELD_OUT_ROWS, seed=2)
-    _write_jsonl(root / "preferences.jsonl", train)
+    write_jsonl(root / "preferences.jsonl", train)
     # The first model learns to speak from both kinds of response alike, so that it has no preference yet.
     both = [{"prompt": row["prompt"], "completion": row[side]} for row in train for side in ("chosen", "rejected")]
-    _write_jsonl(root / "responses.jsonl", both)
+    write_jsonl(root / "responses.jsonl", both)
 
     print(f"1. sft: a tiny Qwen3 learns to answer, from {len(both)} responses of both kinds")
     sft = {
@@ -94,7 +94,3 @@ def preference_accuracy(model: Any, tokenizer: Any, pairs: list[dict[str, Any]])
         )
         right += int((chosen > rejected).sum())
     return right / len(rows)
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -110,7 +110,7 @@ class LMHead(NamedTuple):
         self, reference: "LMHead", rows: Rows, shared: Tensor | None, extras: tuple[str, ...]
     ) -> tuple[AnySequenceStats, ...]:
         """Its statistics, with extras, and the reference's; in one pass where both have the same head."""
-        if not self._joins(reference):
+        if not self.joins(reference):
             return self.stats(rows, shared, extras), reference.stats(rows, shared)
         ends = rows.ends if shared is None else rows.split_ends(shared)
         found = joint_linear_sequence_stats(
@@ -125,12 +125,12 @@ class LMHead(NamedTuple):
 
     def tokens_beside(self, reference: "LMHead", rows: Rows) -> tuple[TokenStats, TokenStats]:
         """Its statistics and the reference's, as `stats_beside`."""
-        if not self._joins(reference):
+        if not self.joins(reference):
             return self.tokens(rows), reference.tokens(rows)
         joint = joint_linear_logps(self.hidden, reference.hidden, self.weight, rows.labels, self.bias, **self.options)
         return joint.policy, joint.reference
 
-    def _joins(self, reference: "LMHead") -> bool:
+    def joins(self, reference: "LMHead") -> bool:
         """Whether one pass over the head can serve both."""
         return self.weight is reference.weight and self.bias is reference.bias and self.lora is None
 

@@ -11,6 +11,7 @@ from fastpo.backbone import causal_lm
 from fastpo.lab.measures import two_head_kl
 from fastpo.layout import responses
 from fastpo.lm_head import LMHead
+from fastpo.ops import joint_linear_sequence_stats
 
 
 @torch.no_grad()
@@ -39,6 +40,12 @@ def response_kl(policy: Any, reference: Any, batch: Mapping[str, Tensor]) -> Ten
             other = head_of(lm)
     else:
         other = head_of(causal_lm(reference))
+    if own.joins(other):  # as under an adapter: one head, read once
+        found = joint_linear_sequence_stats(
+            own.hidden, other.hidden, own.weight, rows.labels, own.bias, cu_seqlens=rows.ends, kl=True, **own.options
+        )
+        assert found.kl is not None
+        return found.kl
     return two_head_kl(_parts(own), _parts(other), rows.labels, cu_seqlens=rows.ends, **own.options)
 
 

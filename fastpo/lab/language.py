@@ -19,6 +19,7 @@ from fastpo.lab.probe import HeldOut, Probe, Reward
 from fastpo.lab.study import Study
 from fastpo.preemption import SaveOnSigterm
 from fastpo.recipe import parse_recipe
+from fastpo.resumable import read_jsonl, write_jsonl
 from fastpo.reward_functions import function_rewards, load_reward_function
 from fastpo.run import prepare_training
 from fastpo.scoring import RewardModel
@@ -41,14 +42,14 @@ def prepare_base(study: Study, data: str, seed: int, folder: Path) -> None:
         return
     settings = study.base_settings(data, seed)
     rows = study.data[data].of(seed)
-    _write_rows(folder / "train.jsonl", rows.train_rows())
-    _write_rows(folder / "held_out.jsonl", rows.held_out_rows())
+    write_jsonl(folder / "train.jsonl", rows.train_rows())
+    write_jsonl(folder / "held_out.jsonl", rows.held_out_rows())
     if settings["base"]:
-        _write_rows(folder / "base.jsonl", rows.base_rows())
+        write_jsonl(folder / "base.jsonl", rows.base_rows())
         recipe = {**COMMON, **settings["base"], "stage": "sft", "dataset": str(folder / "base.jsonl"), "seed": seed}
         _train({**recipe, "output_dir": str(folder / "model")}, folder / "base.yaml")
     if getattr(rows, "reward_model", None) == "train":
-        _write_rows(folder / "judged.jsonl", [*rows.train_rows(), *rows.held_out_rows()])
+        write_jsonl(folder / "judged.jsonl", [*rows.train_rows(), *rows.held_out_rows()])
         recipe = {**COMMON, **settings["judge"], "stage": "rm", "dataset": str(folder / "judged.jsonl"), "seed": seed}
         _train({**recipe, "output_dir": str(folder / "judge")}, folder / "judge.yaml")
     with replacing(folder / READY) as aside:
@@ -90,7 +91,7 @@ def run_language(study: Study, run: Run, base: Path, folder: Path) -> dict[str, 
     def watch(trainer: Any) -> None:
         reference = None if hasattr(trainer.model, "disable_adapter") else _load(recipe, trainer)
         data = study.data[run.data].of(run.seed)
-        rows = _read_rows(base / "held_out.jsonl")
+        rows = list(read_jsonl(base / "held_out.jsonl"))
         held_out = HeldOut(
             rows=[rows[i] for i in trainer.eval_dataset["index"]], tokens=trainer.eval_dataset,
             kinds=getattr(data, "kinds", None), reward=_reward(data, base), language=getattr(data, "language", "en"),
@@ -178,12 +179,3 @@ def _reward(data: Any, base: Path) -> Reward | None:
         return judge.score(prompts, completions).mean.tolist()
 
     return score
-
-
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
